@@ -1,0 +1,137 @@
+"""create_app: Flask, blueprints, one error handler (problem+json)."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from http import HTTPStatus
+from typing import Any
+
+from flask import Flask, Response, json
+from flask.json.provider import DefaultJSONProvider
+from flask_smorest import Api
+from sqlalchemy.exc import InterfaceError, OperationalError
+from sqlalchemy.exc import TimeoutError as PoolTimeout
+from werkzeug.exceptions import HTTPException
+
+from order_service import api, probes
+from order_service.auth import TokenVerifier
+from order_service.errors import Problem, TemporarilyUnavailable
+from order_service.models import ENGINE_OPTIONS, db
+from order_service.schemas import ProblemSchema
+from order_service.settings import Settings
+from order_service.telemetry import log
+
+MAX_BODY_BYTES = 64 * 1024
+
+
+class ProblemApi(Api):
+    """flask-smorest, with application/problem+json for every error."""
+
+    ERROR_SCHEMA = ProblemSchema
+
+    def handle_http_exception(self, error: HTTPException) -> Response:
+        """Render what Flask, Werkzeug or webargs refused."""
+        data: Mapping[str, Any] = getattr(error, "data", None) or {}
+        errors = list(_pointers((data.get("messages") or {}).get("json", {}), ""))
+        status = HTTPStatus(error.code or 500)
+        detail = "The body is not as it should be." if errors else (error.description or "")
+        headers = dict(data.get("headers") or {})
+        if error.response is None:
+            headers |= {
+                name: value
+                for name, value in error.get_headers()
+                if name.lower() in ("allow", "retry-after")
+            }
+        return problem(status, "about:blank", detail, errors=errors, headers=headers)
+
+
+def create_app(settings: Settings) -> Flask:
+    """Build the REST service; it opens no connection yet."""
+    app = Flask("order_service")
+    app.config.update(
+        SQLALCHEMY_DATABASE_URI=settings.database_url,
+        SQLALCHEMY_ENGINE_OPTIONS=ENGINE_OPTIONS,
+        MAX_CONTENT_LENGTH=MAX_BODY_BYTES,
+        API_TITLE="Order service",
+        API_VERSION="v1",
+        OPENAPI_VERSION="3.1.0",
+        OPENAPI_URL_PREFIX="/",
+        OPENAPI_JSON_PATH="openapi.json",
+    )
+    provider = DefaultJSONProvider(app)
+    provider.ensure_ascii, provider.sort_keys = False, False
+    app.json = provider
+    app.extensions["settings"] = settings
+    app.extensions["token_verifier"] = TokenVerifier(
+        issuer=settings.auth_issuer, audience=settings.auth_audience, jwks=settings.auth_jwks
+    )
+    db.init_app(app)
+    rest = ProblemApi(app)
+    rest.register_blueprint(api.blueprint)
+    app.register_blueprint(
+        probes.probes(
+            is_live=lambda: True,
+            is_ready=lambda: probes.answers(db.engine),
+            metrics=probes.metrics_of_all_workers,
+            not_on_port=settings.http_port,
+        )
+    )
+    app.register_error_handler(Problem, _render)
+    for failure in (OperationalError, InterfaceError, PoolTimeout):
+        app.register_error_handler(failure, _unavailable)
+    return app
+
+
+def problem(
+    status: HTTPStatus,
+    kind: str,
+    detail: str,
+    *,
+    errors: Sequence[Mapping[str, str]] = (),
+    headers: Mapping[str, str] | None = None,
+) -> Response:
+    """Build an application/problem+json response (RFC 9457)."""
+    body: dict[str, Any] = {
+        "type": kind,
+        "title": status.phrase,
+        "status": int(status),
+        "detail": detail,
+    }
+    if errors:
+        body["errors"] = list(errors)
+    return Response(
+        json.dumps(body),
+        status=status,
+        headers=dict(headers or {}),
+        content_type="application/problem+json",
+    )
+
+
+def _render(error: Problem) -> Response:
+    return problem(
+        error.status,
+        f"urn:order-service:problem:{error.slug}",
+        error.detail,
+        errors=error.errors,
+        headers=error.headers,
+    )
+
+
+def _unavailable(error: Exception) -> Response:
+    log.exception("database.failed", error=type(error).__name__)
+    return _render(
+        TemporarilyUnavailable(
+            "The database did not answer in time. With the same Idempotency-Key it is safe to "
+            "send the order again.",
+            headers={"Retry-After": "1"},
+        )
+    )
+
+
+def _pointers(messages: Any, path: str) -> Iterator[dict[str, str]]:
+    """Flatten marshmallow's nested messages into JSON Pointers."""
+    if isinstance(messages, Mapping):
+        for name, inner in messages.items():
+            step = "" if name == "_schema" else f"/{name}"
+            yield from _pointers(inner, path + step)
+    else:
+        for message in messages:
+            yield {"pointer": path, "detail": str(message)}

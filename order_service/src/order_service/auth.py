@@ -1,0 +1,109 @@
+"""Bearer token → user (RFC 6750, RFC 7519); keys from a JWKS (RFC 7517)."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import wraps
+from pathlib import Path
+from typing import ParamSpec, TypeVar
+
+import jwt
+from flask import current_app, g, request
+
+from order_service.errors import NotAllowed, NotAuthenticated
+
+ALGORITHMS = ("RS256", "ES256")
+LEEWAY_SECONDS = 30
+JWKS_TIMEOUT_SECONDS = 5.0
+REALM = 'Bearer realm="order-service"'
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+@dataclass(frozen=True, slots=True)
+class Principal:
+    """Who is asking, and what for the token was given."""
+
+    user_id: str
+    scopes: frozenset[str]
+
+
+class JwksFile:
+    """Keys in a file, read again when it has changed; the file may come later than we do."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._read_at_ns = -1
+        self._keys: dict[str | None, jwt.PyJWK] = {}
+
+    def get_signing_key_from_jwt(self, token: str) -> jwt.PyJWK:
+        """Return the key a token names; raise PyJWKClientError when there is none."""
+        try:
+            changed_at_ns = self._path.stat().st_mtime_ns
+            if changed_at_ns != self._read_at_ns:
+                jwks = jwt.PyJWKSet.from_json(self._path.read_text(encoding="utf-8"))
+                self._keys = {key.key_id: key for key in jwks.keys}
+                self._read_at_ns = changed_at_ns
+            return self._keys[jwt.get_unverified_header(token).get("kid")]
+        except (OSError, KeyError) as error:
+            raise jwt.PyJWKClientError("no such key") from error
+
+
+class TokenVerifier:
+    """Checks signature, issuer, audience and times of a token."""
+
+    def __init__(self, *, issuer: str, audience: str, jwks: str) -> None:
+        self._issuer = issuer
+        self._audience = audience
+        self._keys: JwksFile | jwt.PyJWKClient = (
+            jwt.PyJWKClient(jwks, timeout=JWKS_TIMEOUT_SECONDS)
+            if "://" in jwks
+            else JwksFile(Path(jwks))
+        )
+
+    def verify(self, token: str) -> Principal:
+        """Return whose token it is; raise NotAuthenticated when it proves nothing."""
+        try:
+            claims = jwt.decode(
+                token,
+                self._keys.get_signing_key_from_jwt(token),
+                algorithms=ALGORITHMS,
+                issuer=self._issuer,
+                audience=self._audience,
+                leeway=LEEWAY_SECONDS,
+                options={"require": ["exp", "iss", "aud", "sub"]},
+            )
+        except jwt.PyJWTError as error:
+            challenge = f'{REALM}, error="invalid_token"'
+            raise NotAuthenticated(
+                "The bearer token is not valid.", headers={"WWW-Authenticate": challenge}
+            ) from error
+        return Principal(claims["sub"], frozenset(str(claims.get("scope", "")).split()))
+
+
+def requires(scope: str) -> Callable[[Callable[P, R]], Callable[P, R]]:
+    """Let a route in only with a token that carries `scope`; `g.principal` is then set."""
+
+    def decorate(route: Callable[P, R]) -> Callable[P, R]:
+        @wraps(route)
+        def guarded(*args: P.args, **kwargs: P.kwargs) -> R:
+            principal = _authenticate()
+            if scope not in principal.scopes:
+                challenge = f'{REALM}, error="insufficient_scope", scope="{scope}"'
+                raise NotAllowed(
+                    f"The token lacks the scope {scope}.", headers={"WWW-Authenticate": challenge}
+                )
+            g.principal = principal
+            return route(*args, **kwargs)
+
+        return guarded
+
+    return decorate
+
+
+def _authenticate() -> Principal:
+    kind, _, token = request.headers.get("Authorization", "").partition(" ")
+    if kind.lower() != "bearer" or not token:
+        raise NotAuthenticated("A bearer token is needed.", headers={"WWW-Authenticate": REALM})
+    verifier: TokenVerifier = current_app.extensions["token_verifier"]
+    return verifier.verify(token.strip())

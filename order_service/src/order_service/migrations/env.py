@@ -1,0 +1,13 @@
+"""What Alembic runs; the connection comes from `order-service migrate`."""
+
+from alembic import context
+
+from order_service.models import Base
+
+context.configure(
+    connection=context.config.attributes["connection"],
+    target_metadata=Base.metadata,
+    compare_server_default=True,
+    transaction_per_migration=False,
+)
+context.run_migrations()

@@ -1,0 +1,145 @@
+"""The tables."""
+
+from datetime import datetime
+from decimal import Decimal
+from typing import Any
+from uuid import UUID
+
+from flask_sqlalchemy import SQLAlchemy
+from sqlalchemy import (
+    JSON,
+    BigInteger,
+    CheckConstraint,
+    DateTime,
+    Engine,
+    ForeignKey,
+    Index,
+    Numeric,
+    create_engine,
+    func,
+    text,
+)
+from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column, relationship
+
+# No scale: a price keeps the digits its currency has, 12000 for KRW, 8.25 for USD.
+MONEY = Numeric()
+INSTANT = DateTime(timezone=True)
+
+# A statement that takes longer than this has gone wrong: better 503 than a thread that hangs.
+STATEMENT_TIMEOUT_MS = 5_000
+LOCK_TIMEOUT_MS = 2_000
+IDLE_IN_TRANSACTION_TIMEOUT_MS = 10_000
+
+ENGINE_OPTIONS: dict[str, Any] = {
+    "pool_pre_ping": True,
+    "connect_args": {
+        "connect_timeout": 5,
+        "options": f"-c statement_timeout={STATEMENT_TIMEOUT_MS} -c lock_timeout={LOCK_TIMEOUT_MS}"
+        f" -c idle_in_transaction_session_timeout={IDLE_IN_TRANSACTION_TIMEOUT_MS}",
+    },
+}
+
+
+class Base(DeclarativeBase):
+    """What Alembic compares with the database."""
+
+
+db = SQLAlchemy(model_class=Base, disable_autonaming=True)
+
+
+def make_engine(database_url: str) -> Engine:
+    """Build the engine of a process that serves no requests."""
+    return create_engine(database_url, **ENGINE_OPTIONS)
+
+
+class Product(Base):
+    """What can be ordered, and for how much."""
+
+    __tablename__ = "products"
+
+    sku: Mapped[str] = mapped_column(primary_key=True)
+    name_ko: Mapped[str]
+    name_en: Mapped[str]
+    unit_price: Mapped[Decimal] = mapped_column(MONEY)
+    currency: Mapped[str]
+
+
+class OrderItem(Base):
+    """One line of an order; name and unit price as they were when it was placed."""
+
+    __tablename__ = "order_items"
+
+    order_id: Mapped[UUID] = mapped_column(ForeignKey("orders.id"), primary_key=True)
+    line: Mapped[int] = mapped_column(primary_key=True)
+    sku: Mapped[str]
+    name: Mapped[str]
+    quantity: Mapped[int]
+    unit_price: Mapped[Decimal] = mapped_column(MONEY)
+
+
+class Order(Base):
+    """An accepted order."""
+
+    __tablename__ = "orders"
+
+    id: Mapped[UUID] = mapped_column(primary_key=True)
+    user_id: Mapped[str]
+    email: Mapped[str]
+    locale: Mapped[str]
+    currency: Mapped[str]
+    amount: Mapped[Decimal] = mapped_column(MONEY)
+    ordered_at: Mapped[datetime] = mapped_column(INSTANT)
+    items: Mapped[list[OrderItem]] = relationship(order_by=OrderItem.line, lazy="selectin")
+
+
+class OutboxRow(Base):
+    """One event on its way to the topic; the first columns are named as Debezium's router does."""
+
+    __tablename__ = "outbox"
+    __table_args__ = (
+        CheckConstraint("state IN ('INIT', 'PUBLISHED', 'COMPLETED', 'FAILED')", name="state"),
+        Index("outbox_init", "id", postgresql_where=text("state = 'INIT'")),
+        Index("outbox_published", "id", postgresql_where=text("state = 'PUBLISHED'")),
+        Index("outbox_aggregateid", "aggregateid"),
+    )
+
+    id: Mapped[UUID] = mapped_column(primary_key=True)
+    aggregatetype: Mapped[str]
+    aggregateid: Mapped[str]
+    type: Mapped[str]
+    payload: Mapped[bytes]
+    # json, not jsonb: the names keep the order in which they were encoded.
+    headers: Mapped[dict[str, str]] = mapped_column(JSON)
+    occurred_at: Mapped[datetime] = mapped_column(INSTANT)
+    state: Mapped[str] = mapped_column(server_default="INIT")
+    due_at: Mapped[datetime] = mapped_column(INSTANT, server_default=func.now())
+    republished_count: Mapped[int] = mapped_column(server_default="0")
+    topic_id: Mapped[str | None]
+    partition: Mapped[int | None]
+    offset: Mapped[int | None] = mapped_column(BigInteger)
+    published_at: Mapped[datetime | None] = mapped_column(INSTANT)
+    completed_at: Mapped[datetime | None] = mapped_column(INSTANT)
+    reason: Mapped[str | None]
+
+
+class IdempotencyKey(Base):
+    """A key a client used, and the order it stands for."""
+
+    __tablename__ = "idempotency_keys"
+
+    principal: Mapped[str] = mapped_column(primary_key=True)
+    operation: Mapped[str] = mapped_column(primary_key=True)
+    key: Mapped[str] = mapped_column(primary_key=True)
+    fingerprint: Mapped[bytes]
+    order_id: Mapped[UUID]
+    created_at: Mapped[datetime] = mapped_column(INSTANT, server_default=func.now())
+
+
+class Position(Base):
+    """How far the read-back has read a partition; `next_offset` is the first one not read."""
+
+    __tablename__ = "readback_positions"
+
+    topic_id: Mapped[str] = mapped_column(primary_key=True)
+    partition: Mapped[int] = mapped_column(primary_key=True, autoincrement=False)
+    next_offset: Mapped[int] = mapped_column(BigInteger)

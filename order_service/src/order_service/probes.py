@@ -1,0 +1,83 @@
+"""/livez /readyz /metrics, on every process."""
+
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+from flask import Blueprint, Flask, Response, abort, request
+from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, generate_latest
+from prometheus_client import REGISTRY as PROCESS_REGISTRY
+from prometheus_client.multiprocess import MultiProcessCollector
+from sqlalchemy import Engine, text
+from sqlalchemy.exc import SQLAlchemyError
+from werkzeug.serving import make_server
+
+from order_service.telemetry import log
+
+Check = Callable[[], bool]
+
+
+def probes(
+    *, is_live: Check, is_ready: Check, metrics: Callable[[], bytes], not_on_port: int | None = None
+) -> Blueprint:
+    """Build the three routes; where users come in, `not_on_port`, there are none."""
+    blueprint = Blueprint("probes", __name__)
+
+    @blueprint.before_request
+    def hide_from_users() -> None:
+        if request.environ.get("SERVER_PORT") == str(not_on_port):
+            abort(404)
+
+    @blueprint.get("/livez")
+    def livez() -> Response:
+        return _answer(is_well=is_live())
+
+    @blueprint.get("/readyz")
+    def readyz() -> Response:
+        return _answer(is_well=is_ready())
+
+    @blueprint.get("/metrics")
+    def get_metrics() -> Response:
+        return Response(metrics(), content_type=CONTENT_TYPE_LATEST)
+
+    return blueprint
+
+
+def own_metrics() -> bytes:
+    """Return this process's metrics."""
+    return generate_latest(PROCESS_REGISTRY)
+
+
+def metrics_of_all_workers() -> bytes:
+    """Return the metrics of every worker, from the files in PROMETHEUS_MULTIPROC_DIR."""
+    registry = CollectorRegistry()
+    MultiProcessCollector(registry)
+    return generate_latest(registry)
+
+
+def answers(engine: Engine) -> bool:
+    """Say whether the database answers."""
+    try:
+        with engine.connect() as connection:
+            connection.execute(text("SELECT 1"))
+    except SQLAlchemyError:
+        return False
+    return True
+
+
+@contextmanager
+def serving(app: Flask, port: int) -> Iterator[None]:
+    """Serve the probes of a process without gunicorn, in a thread; port 0 is a free one."""
+    server = make_server("0.0.0.0", port, app, threaded=True)  # noqa: S104 - probes come from outside the container
+    thread = threading.Thread(target=server.serve_forever, name="probes", daemon=True)
+    thread.start()
+    log.info("probes.served", port=server.port)
+    try:
+        yield
+    finally:
+        server.shutdown()
+        thread.join()
+
+
+def _answer(*, is_well: bool) -> Response:
+    return Response("ok\n" if is_well else "no\n", status=200 if is_well else 503)

@@ -1,0 +1,138 @@
+"""What a client may say and will hear."""
+
+from decimal import Decimal
+from typing import Any
+
+from email_validator import EmailNotValidError, validate_email
+from flask_smorest.error_handler import ErrorSchema
+from marshmallow import Schema, ValidationError, fields, validate
+
+from order_service.events import instant
+
+MAX_ITEMS = 50
+MAX_QUANTITY = 999
+SKU = validate.Regexp(r"[A-Za-z0-9._-]{1,64}\Z", error="Not a sku.")
+AMOUNT = validate.Regexp(r"[0-9]{1,15}(\.[0-9]{1,4})?\Z", error="Not a decimal string.")
+
+
+class Email(fields.String):
+    """One address, as RFC 5321 has it, normalised."""
+
+    def _deserialize(self, value: Any, *args: Any, **kwargs: Any) -> str:
+        text = super()._deserialize(value, *args, **kwargs)
+        try:
+            return validate_email(text, check_deliverability=False).normalized
+        except EmailNotValidError as error:
+            raise ValidationError("Not a valid email address.") from error
+
+
+class Money(fields.String):
+    """A decimal string with the digits its currency has."""
+
+    def _serialize(self, value: Any, *_: Any, **__: Any) -> str | None:
+        return None if value is None else f"{value:f}"
+
+    def _deserialize(self, value: Any, *args: Any, **kwargs: Any) -> Decimal:  # type: ignore[override]
+        text = super()._deserialize(value, *args, **kwargs)
+        AMOUNT(text)
+        return Decimal(text)
+
+
+class Instant(fields.String):
+    """A moment in RFC 3339, UTC."""
+
+    def _serialize(self, value: Any, *_: Any, **__: Any) -> str | None:
+        return None if value is None else instant(value)
+
+
+class RequestedItemSchema(Schema):
+    """How many of which product; prices are the shop's to name."""
+
+    sku = fields.String(required=True, validate=SKU)
+    quantity = fields.Integer(
+        required=True, strict=True, validate=validate.Range(min=1, max=MAX_QUANTITY)
+    )
+
+
+class OrderRequestSchema(Schema):
+    """The body of POST /v1/orders."""
+
+    email = Email(required=True, validate=validate.Length(max=254))
+    locale = fields.String(load_default="ko", validate=validate.OneOf(("ko", "en")))
+    items = fields.List(
+        fields.Nested(RequestedItemSchema),
+        required=True,
+        validate=validate.Length(min=1, max=MAX_ITEMS),
+    )
+    expected_amount = Money(data_key="expectedAmount", load_default=None)
+
+
+class ItemSchema(Schema):
+    """A line of an order, as it was when the order was placed."""
+
+    sku = fields.String()
+    name = fields.String()
+    quantity = fields.Integer()
+    unit_price = Money(data_key="unitPrice")
+
+
+class OrderSchema(Schema):
+    """An order: what never changes of it."""
+
+    id = fields.UUID()
+    user_id = fields.String(data_key="userId")
+    email = fields.String()
+    locale = fields.String()
+    currency = fields.String()
+    amount = Money()
+    ordered_at = Instant(data_key="orderedAt")
+    items = fields.List(fields.Nested(ItemSchema))
+
+
+class EventStateSchema(Schema):
+    """How far the order's event is on its way to the topic."""
+
+    state = fields.String(validate=validate.OneOf(("INIT", "PUBLISHED", "COMPLETED", "FAILED")))
+    partition = fields.Integer(allow_none=True)
+    offset = fields.Integer(allow_none=True)
+
+
+class TrackedOrderSchema(OrderSchema):
+    """An order and the state of its event."""
+
+    event = fields.Nested(EventStateSchema)
+
+
+class ProductSchema(Schema):
+    """What can be ordered, and for how much."""
+
+    sku = fields.String()
+    names = fields.Function(lambda product: {"ko": product.name_ko, "en": product.name_en})
+    unit_price = Money(data_key="unitPrice")
+    currency = fields.String()
+
+
+class ProductListSchema(Schema):
+    """The catalogue."""
+
+    items = fields.List(fields.Nested(ProductSchema))
+
+
+class FieldErrorSchema(Schema):
+    """One fault of a body, by JSON Pointer (RFC 6901)."""
+
+    pointer = fields.String()
+    detail = fields.String()
+
+
+class ProblemSchema(ErrorSchema):
+    """application/problem+json (RFC 9457)."""
+
+    class Meta:  # noqa: D106 - flask-smorest's own members are left out
+        fields = ("type", "title", "status", "detail", "errors")
+
+    type = fields.String()
+    title = fields.String()
+    status = fields.Integer()
+    detail = fields.String()
+    errors = fields.List(fields.Nested(FieldErrorSchema))
