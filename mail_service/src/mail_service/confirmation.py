@@ -17,13 +17,21 @@ from jinja2 import Environment, PackageLoader, StrictUndefined, TemplateError, s
 
 from mail_service.events import OrderCreated
 from mail_service.settings import Settings
-from mail_service.smtp import Envelope
 
 LOCALES = ("ko", "en")
 SUBJECTS: Mapping[str, str] = {
     "ko": "[{shop}] 주문이 접수되었습니다 (주문 번호 {order_id})",
     "en": "[{shop}] We have your order {order_id}",
 }
+
+
+@dataclass(frozen=True, slots=True)
+class ComposedMail:
+    """One mail for one recipient; `content` has CRLF line ends."""
+
+    sender: str
+    recipient: str
+    content: bytes
 
 
 class CannotRender(Exception):
@@ -82,7 +90,7 @@ class Confirmation:
             for kind in ("txt", "html")
         }
 
-    def compose(self, event: OrderCreated, *, event_at: datetime, message_id: str) -> Envelope:
+    def compose(self, event: OrderCreated, *, event_at: datetime, message_id: str) -> ComposedMail:
         """Return the mail; raise CannotRender when the event allows none."""
         try:
             recipient = _plain_address(event.email)
@@ -91,7 +99,7 @@ class Confirmation:
         except (TemplateError, ValueError) as error:
             raise CannotRender(type(error).__name__) from error
         sender = self._shop.bounce_to or self._shop.mail_from
-        return Envelope(sender, recipient, content)
+        return ComposedMail(sender, recipient, content)
 
     def _message(
         self, event: OrderCreated, event_at: datetime, message_id: str, recipient: str

@@ -12,8 +12,8 @@ from sqlalchemy.exc import DBAPIError
 
 from mail_service import events, ledger
 from mail_service.confirmation import message_id
-from mail_service.events import Record, UnreadableRecord
-from mail_service.kafka import KafkaUnavailable, Log, Member
+from mail_service.events import UnreadableRecord
+from mail_service.kafka import KafkaUnavailable, Log, Member, Record
 from mail_service.ledger import Mail, Move, NewDeadLetter, NewMail, PositionMoved, Start
 from mail_service.senders import Senders
 from mail_service.settings import Settings

@@ -15,6 +15,8 @@ from typing import Any, NoReturn
 
 from marshmallow import EXCLUDE, Schema, ValidationError, fields, post_load, validate
 
+from mail_service.kafka import Record
+
 TYPE = "order.created.v1"
 TYPE_OF_ANY_VERSION = re.compile(r"order\.created\.v\d+")
 ORDER_ID = validate.Regexp(r"(?=.{1,64}\Z)[A-Za-z0-9_-]+(\.[A-Za-z0-9_-]+)*\Z")
@@ -27,19 +29,6 @@ ADDRESS = validate.Regexp(
 
 class UnreadableRecord(Exception):
     """The record can never become a mail: it becomes a dead letter."""
-
-
-@dataclass(frozen=True, slots=True)
-class Record:
-    """What Kafka carries; `at` is the record's own timestamp."""
-
-    topic_id: str
-    partition: int
-    offset: int
-    key: bytes | None
-    value: bytes | None
-    headers: Sequence[tuple[str, bytes]]
-    at: datetime
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,46 +1,16 @@
 """A reply → sent, retry, unknown, dead: where a mail is given up on; pure."""
 
-import re
 from dataclasses import dataclass
 from datetime import datetime, timedelta
-from enum import Enum
 
+from mail_service.replies import Answer, Stage
 from mail_service.settings import Timing
 
 SUSPECT_DELAY_SECONDS = 15 * 60
-ENHANCED_CODE = re.compile(r"\b([245])\.(\d{1,3})\.(\d{1,3})\b")
 # RFC 3463: the mailbox or its address does not exist, whoever asks.
 NO_SUCH_ADDRESS = frozenset({"5.1.1", "5.1.2", "5.1.3", "5.1.6", "5.1.10"})
 TOO_LARGE = "5.3.4"
 MAILBOX_OVER_QUOTA = 552
-
-
-class Stage(Enum):
-    """How far the dialogue was when the reply came, or failed to."""
-
-    CONNECT = "connect"
-    MAIL = "MAIL"
-    RCPT = "RCPT"
-    DATA = "DATA"
-    FINAL_DOT = "final dot"
-
-
-@dataclass(frozen=True, slots=True)
-class Answer:
-    """The end of a dialogue; a code of None means that no reply came."""
-
-    stage: Stage
-    code: int | None
-    text: str
-
-    @property
-    def enhanced_code(self) -> str | None:
-        """The RFC 3463 code in the text, if there is one."""
-        found = ENHANCED_CODE.search(self.text)
-        return found.group() if found else None
-
-    def __str__(self) -> str:
-        return f"{self.stage.value}: {self.code or 'no reply'} {self.text}".rstrip()
 
 
 @dataclass(frozen=True, slots=True)

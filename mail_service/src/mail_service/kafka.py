@@ -16,7 +16,6 @@ from confluent_kafka import (
 )
 from confluent_kafka.admin import AdminClient, OffsetSpec
 
-from mail_service.events import Record
 from mail_service.telemetry import log
 
 TOPIC = "order-created"
@@ -27,6 +26,19 @@ LIBRDKAFKA = logging.getLogger("librdkafka")
 
 class KafkaUnavailable(Exception):
     """The cluster did not answer, or the topic is not there; worth another try."""
+
+
+@dataclass(frozen=True, slots=True)
+class Record:
+    """What Kafka carries; `at` is the record's own timestamp."""
+
+    topic_id: str
+    partition: int
+    offset: int
+    key: bytes | None
+    value: bytes | None
+    headers: Sequence[tuple[str, bytes]]
+    at: datetime
 
 
 @dataclass(frozen=True, slots=True)

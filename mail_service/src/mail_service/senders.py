@@ -245,12 +245,17 @@ class Senders:
 
     def _attempt(self, mail: Mail, connection: SmtpConnection) -> Verdict:
         try:
-            envelope = self._confirmation.compose(
+            composed = self._confirmation.compose(
                 events.parse(mail.event), event_at=mail.event_at, message_id=mail.message_id
             )
         except CannotRender as error:
             return Dead(f"cannot be rendered: {error}")
-        answer = connection.deliver(envelope, may_finish=self._lease.is_held)
+        answer = connection.deliver(
+            composed.content,
+            sender=composed.sender,
+            recipient=composed.recipient,
+            may_finish=self._lease.is_held,
+        )
         return self._judge.judge(
             answer,
             attempts=mail.attempts,

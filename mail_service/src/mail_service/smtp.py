@@ -7,7 +7,7 @@ import ssl
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from mail_service.judge import Answer, Stage
+from mail_service.replies import Answer, Stage
 
 CONNECT_TIMEOUT_SECONDS = 30.0
 REPLY_TIMEOUT_SECONDS = 60.0
@@ -27,15 +27,6 @@ class Relay:
     final_dot_timeout_seconds: float
 
 
-@dataclass(frozen=True, slots=True)
-class Envelope:
-    """One mail for one recipient; `content` has CRLF line ends."""
-
-    sender: str
-    recipient: str
-    content: bytes
-
-
 class SmtpConnection:
     """Delivers mails one after the other over one connection, opened when it is needed.
 
@@ -47,17 +38,19 @@ class SmtpConnection:
         self._relay = relay
         self._smtp: smtplib.SMTP | None = None
 
-    def deliver(self, envelope: Envelope, *, may_finish: Callable[[], bool]) -> Answer:
+    def deliver(
+        self, content: bytes, *, sender: str, recipient: str, may_finish: Callable[[], bool]
+    ) -> Answer:
         """Hold one dialogue and return its end; never raises for what the relay or network does.
 
-        `may_finish` is asked before the write that holds the final dot; when it says no the
-        connection is closed instead, and the relay has no mail.
+        `content` has CRLF line ends. `may_finish` is asked before the write that holds the final
+        dot; when it says no the connection is closed instead, and the relay has no mail.
         """
         was_kept = self._smtp is not None
-        answer = self._dialogue(envelope, may_finish)
+        answer = self._dialogue(content, sender, recipient, may_finish)
         if was_kept and answer.code is None and answer.stage is Stage.MAIL:
             # The relay had closed the idle connection: nothing was said yet.
-            answer = self._dialogue(envelope, may_finish)
+            answer = self._dialogue(content, sender, recipient, may_finish)
         return answer
 
     def close(self) -> None:
@@ -70,22 +63,24 @@ class SmtpConnection:
         except (OSError, smtplib.SMTPException):
             smtp.close()
 
-    def _dialogue(self, envelope: Envelope, may_finish: Callable[[], bool]) -> Answer:
+    def _dialogue(
+        self, content: bytes, sender: str, recipient: str, may_finish: Callable[[], bool]
+    ) -> Answer:
         stage = Stage.CONNECT
         try:
             smtp = self._connected()
             stage = Stage.MAIL
-            reply = smtp.mail(envelope.sender)
+            reply = smtp.mail(sender)
             if _is_positive(reply):
                 stage = Stage.RCPT
-                reply = smtp.rcpt(envelope.recipient)
+                reply = smtp.rcpt(recipient)
             if _is_positive(reply):
                 stage = Stage.DATA
                 reply = smtp.docmd("DATA")
             if reply[0] != 354:
                 smtp.rset()
                 return _answer(stage, reply)
-            smtp.send(_dot_stuffed(envelope.content))
+            smtp.send(_dot_stuffed(content))
             if not may_finish():
                 self._drop()
                 return Answer(stage, None, "the lease had ended")
