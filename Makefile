@@ -1,0 +1,69 @@
+# Everything a user needs: Python 3.11 or newer and make. `make help` lists the targets.
+
+PYTHON ?= python3
+TOOLS := .venv/tools
+UV := $(TOOLS)/bin/uv
+STACK := $(TOOLS)/bin/python -m deploy.embedded
+SERVICES := order mail
+
+.DEFAULT_GOAL := help
+.PHONY: help run demo unit test check env env-dev lock clean
+
+help: ## List the targets
+	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 12
+
+run: env ## Start the pair with everything it needs, place an order, show its mail; Ctrl-C ends it
+	@$(STACK) run
+
+demo: env ## The same, and end after the mail
+	@$(STACK) demo
+
+unit: env-dev ## Run the tests that need nothing running
+	@$(TOOLS)/bin/python tests/suites.py unit
+
+test: env-dev ## Run all tests on real Kafka, PostgreSQL and SMTP
+	@$(TOOLS)/bin/python tests/suites.py
+
+check: env-dev ## Lint, types, import direction, migrations against the models
+	$(TOOLS)/bin/ruff check .
+	$(TOOLS)/bin/ruff format --check .
+	$(foreach s,$(SERVICES),$(TOOLS)/bin/mypy --python-executable .venv/$(s)/bin/python $(s)_service/src &&) true
+	$(TOOLS)/bin/mypy -p deploy.embedded
+	$(foreach s,$(SERVICES),(cd $(s)_service && PYTHONPATH=src ../$(TOOLS)/bin/lint-imports --no-cache --no-timings) &&) true
+	$(STACK) with --fresh order-db,mail-db -- sh deploy/check-migrations.sh
+
+# One environment for each service and one for tools. uv is the only thing pip installs.
+env: $(TOOLS)/.installed $(SERVICES:%=.venv/%/.installed)
+env-dev: env $(SERVICES:%=.venv/%/.installed-dev)
+
+$(UV): bootstrap.lock
+	@echo "making the environments…"
+	@$(PYTHON) -m venv $(TOOLS)
+	@$(TOOLS)/bin/python -m pip install --quiet --disable-pip-version-check --require-hashes -r $<
+	@touch $@
+
+$(TOOLS)/.installed: requirements.lock $(UV)
+	@$(UV) pip install --quiet --python $(TOOLS)/bin/python --require-hashes -r $<
+	@touch $@
+
+.venv/%/.installed: %_service/requirements.lock %_service/pyproject.toml $(UV)
+	@$(UV) venv --quiet --allow-existing --python $(PYTHON) .venv/$*
+	@$(UV) pip install --quiet --python .venv/$*/bin/python --require-hashes -r $<
+	@$(UV) pip install --quiet --python .venv/$*/bin/python --no-deps --editable $*_service
+	@touch $@
+
+.venv/%/.installed-dev: %_service/requirements-dev.lock .venv/%/.installed
+	@$(UV) pip install --quiet --python .venv/$*/bin/python --require-hashes -r $<
+	@touch $@
+
+COMPILE := $(UV) pip compile --universal --python-version 3.11 --generate-hashes \
+	--no-emit-index-url --no-emit-find-links --no-header --quiet
+
+lock: $(UV) ## Resolve the dependencies anew
+	$(COMPILE) --group tools --output-file requirements.lock
+	$(foreach s,$(SERVICES),$(COMPILE) $(s)_service/pyproject.toml --output-file $(s)_service/requirements.lock && \
+		$(COMPILE) $(s)_service/pyproject.toml --extra dev --constraints $(s)_service/requirements.lock \
+		--output-file $(s)_service/requirements-dev.lock &&) true
+
+clean: ## Remove the environments and the state of the stack
+	rm -rf .venv .run

@@ -1,0 +1,99 @@
+"""Runs the suites, each project in a pytest process of its own, and sums them up at the end."""
+
+import subprocess
+import sys
+import tempfile
+import time
+import xml.etree.ElementTree as ET
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+REPOSITORY = Path(__file__).parent.parent
+PYTEST = ("-m", "pytest", "-q", "--no-header")
+
+
+@dataclass(frozen=True)
+class Suite:
+    """Tests of one project: whose environment they run in, and which parts they need."""
+
+    name: str
+    environment: str
+    folder: str
+    parts: str = ""
+
+    def command(self, report: Path) -> list[str]:
+        """Return how to run it, with a report for the summary."""
+        python = str(REPOSITORY / ".venv" / self.environment / "bin/python")
+        stack = [str(REPOSITORY / ".venv/tools/bin/python"), "-m", "deploy.embedded", "with"]
+        up = [*stack, "--fresh", self.parts, "--"] if self.parts else []
+        return [*up, python, *PYTEST, self.folder, f"--junit-xml={report}"]
+
+
+UNIT = (
+    Suite("order unit", "order", "order_service/tests/unit"),
+    Suite("mail unit", "mail", "mail_service/tests/unit"),
+    Suite("contract", "tools", "tests/contract"),
+)
+ALL = (
+    *UNIT,
+    Suite("stack", "tools", "tests/deploy"),
+    Suite("order integration", "order", "order_service/tests/integration", "kafka,order-db"),
+    Suite("mail integration", "mail", "mail_service/tests/integration", "kafka,mail-db"),
+    Suite("end to end", "tools", "tests/end_to_end"),
+)
+
+
+@dataclass(frozen=True)
+class Result:
+    """How a suite ended."""
+
+    name: str
+    seconds: float
+    passed: int
+    failed: int
+    skipped: int
+    is_good: bool
+
+
+def run(suite: Suite) -> Result:
+    """Run one suite; one that ran no test has failed."""
+    with tempfile.TemporaryDirectory() as folder:
+        report = Path(folder) / "report.xml"
+        began_at = time.monotonic()
+        code = subprocess.run(suite.command(report), cwd=REPOSITORY, check=False).returncode
+        seconds = time.monotonic() - began_at
+        tests = failed = skipped = 0
+        if report.exists():
+            (totals,) = ET.parse(report).getroot().iter("testsuite")
+            tests, skipped = int(totals.get("tests", 0)), int(totals.get("skipped", 0))
+            failed = int(totals.get("failures", 0)) + int(totals.get("errors", 0))
+    passed = tests - failed - skipped
+    return Result(suite.name, seconds, passed, failed, skipped, code == 0 and passed > 0)
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Run all suites, or `unit`; return 0 when every one is good."""
+    console = Console(highlight=False)
+    results = []
+    for suite in UNIT if "unit" in arguments else ALL:
+        console.rule(suite.name)
+        results.append(run(suite))
+    table = Table("suite", "seconds", "passed", "failed", "skipped", "")
+    for result in results:
+        counts = (result.passed, result.failed, result.skipped)
+        mark = "ok" if result.is_good else "FAILED"
+        table.add_row(result.name, f"{result.seconds:.1f}", *map(str, counts), mark)
+    console.print(table)
+    passed = sum(result.passed for result in results)
+    failed = sum(max(result.failed, not result.is_good) for result in results)
+    skipped = sum(result.skipped for result in results)
+    console.print(f"{passed} passed, {failed} failed, {skipped} skipped")
+    return 0 if all(result.is_good for result in results) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
