@@ -40,7 +40,7 @@ UNIT = (
 )
 ALL = (
     *UNIT,
-    Suite("stack", "tools", "tests/deploy"),
+    Suite("stack", "tools", "tests/embedded"),
     Suite("order integration", "order", "order_service/tests/integration", "kafka,order-db"),
     Suite("mail integration", "mail", "mail_service/tests/integration", "kafka,mail-db"),
     Suite("end to end", "tools", "tests/end_to_end"),

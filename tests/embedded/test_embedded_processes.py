@@ -4,6 +4,8 @@ import os
 import signal
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import psutil
@@ -69,22 +71,22 @@ def test_a_command_sees_the_addresses_and_its_exit_code_is_passed_on() -> None:
 
 def test_a_signal_reaches_the_command_and_the_parts_stop() -> None:
     """SIGTERM ends the command first, then the parts, and the fresh state is gone."""
-    run = spawn_with_fresh_inbox()
-    root = REPOSITORY / ".run" / f"fresh-{run.pid}"
-    family = psutil.Process(run.pid).children(recursive=True)
-    run.send_signal(signal.SIGTERM)
-    assert run.wait(20) == 128 + signal.SIGTERM
+    with fresh_inbox() as run:
+        root = REPOSITORY / ".run" / f"fresh-{run.pid}"
+        family = psutil.Process(run.pid).children(recursive=True)
+        run.send_signal(signal.SIGTERM)
+        assert run.wait(20) == 128 + signal.SIGTERM
     assert not any(is_alive(process) for process in family)
     assert not root.exists()
 
 
 def test_what_a_killed_run_left_is_ended_by_the_next() -> None:
     """After a SIGKILL of the stack itself its parts live on until the next run finds them."""
-    run = spawn_with_fresh_inbox()
-    root = REPOSITORY / ".run" / f"fresh-{run.pid}"
-    command, inbox = sorted(psutil.Process(run.pid).children(), key=is_of_stack)
-    run.kill()
-    run.wait()
+    with fresh_inbox() as run:
+        root = REPOSITORY / ".run" / f"fresh-{run.pid}"
+        command, inbox = sorted(psutil.Process(run.pid).children(), key=is_of_stack)
+        run.kill()
+        run.wait()
     assert is_alive(inbox)
     assert command_line("with", "--fresh", "inbox", "--", "true").returncode == 0
     assert not is_alive(inbox)
@@ -136,13 +138,17 @@ def command_line(*arguments: str) -> subprocess.CompletedProcess[str]:
     )
 
 
-def spawn_with_fresh_inbox() -> subprocess.Popen[str]:
-    """Start a fresh inbox by the command line and return once the command runs in it."""
+@contextmanager
+def fresh_inbox() -> Iterator[subprocess.Popen[str]]:
+    """Run a fresh inbox by the command line, with a command beside it that has begun."""
     script = "echo running; exec sleep 60"
     argv = [sys.executable, "-m", "deploy.embedded", "with", "--fresh", "inbox", "--"]
-    run = subprocess.Popen(
+    with subprocess.Popen(
         [*argv, "sh", "-c", script], cwd=REPOSITORY, stdout=subprocess.PIPE, text=True
-    )
-    assert run.stdout is not None
-    assert run.stdout.readline() == "running\n"
-    return run
+    ) as run:
+        assert run.stdout is not None
+        assert run.stdout.readline() == "running\n"
+        try:
+            yield run
+        finally:
+            run.terminate()
