@@ -83,7 +83,7 @@ def test_kills_in_the_middle_lose_nothing(world: World) -> None:
     """
     placed: list[str] = []
     # Slow answers keep many mails between the dot and the recorded 250, where a kill hurts.
-    world.sink.script(Rule("dot", "delay:0.05"))
+    world.sink.script(Rule("dot", "delay:0.3"))
     with ThreadPoolExecutor(1) as background:
         placing = background.submit(_place_many, world, placed)
         eventually(lambda: len(placed) > ORDERS // 4, within_seconds=60)
