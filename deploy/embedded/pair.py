@@ -16,6 +16,7 @@ from deploy.embedded.mailbox import Mailbox
 from deploy.embedded.ports import Ports
 from deploy.embedded.screen import Screen
 from deploy.embedded.services import Pair, add_pair
+from deploy.embedded.shell import write_shell
 from deploy.embedded.stack import Stack
 
 MAIL_REPLICAS = 2
@@ -34,11 +35,13 @@ def run(root: Path) -> int:
     """Keep the pair up until a signal ends it; its state is there again at the next run."""
     console = Console(highlight=False, soft_wrap=True)
     with suppress(signals.InterruptedBySignal), _up(root, Ports(), console) as up:
+        shell = write_shell(root, up.pair, up.addresses)
         _show(console, up.journey)
         console.print(f"\n  API     {up.pair.api_url}")
         console.print(f"  inbox   {up.addresses.inbox_url}")
         console.print(f"  Kafka   {up.addresses.kafka_bootstrap_servers}, topic order-created")
         console.print(f"  state   {root}, logs in {root / 'logs'}")
+        console.print(f"  shell   . {shell}   in a second terminal")
         console.print("\nUp until Ctrl-C.")
         signal.pause()
     return 0

@@ -127,17 +127,24 @@ def _place_many(world: World, placed: list[str]) -> None:
 def _kill_replica(world: World, name: str) -> set[str]:
     """Kill a replica while it sends; return the orders it may have mailed without saying so."""
     pid = world.stack.part(name).pid
-    in_hand = """
-        SELECT order_id FROM deliveries JOIN replicas ON replicas.id = deliveries.owner
-         WHERE state = 'SENDING' AND replicas.name LIKE %s
-    """
-    eventually(lambda: world.mail_sql(in_hand, f"%-{pid}"), within_seconds=20)
+
+    def claimed() -> list[str]:
+        rows = world.mail_sql(
+            """
+            SELECT order_id FROM deliveries JOIN replicas ON replicas.id = deliveries.owner
+             WHERE state = 'SENDING' AND replicas.name LIKE %s
+            """,
+            f"%-{pid}",
+        )
+        return [order_id for (order_id,) in rows]
+
+    eventually(lambda: world.mails(claimed()), within_seconds=20)
     world.stack.kill(name)
-    claimed = {order_id for (order_id,) in world.mail_sql(in_hand, f"%-{pid}")}
+    in_hand = claimed()
     # What had left the replica reaches the journal now; nobody else sends these before the lease
     # has ended.
     time.sleep(1)
-    return {mail.order_id or "" for mail in world.mails(sorted(claimed))}
+    return {mail.order_id or "" for mail in world.mails(in_hand)}
 
 
 def _open_rows(world: World) -> int:
