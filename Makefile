@@ -7,7 +7,7 @@ STACK := $(TOOLS)/bin/python -m deploy.embedded
 SERVICES := order mail
 
 .DEFAULT_GOAL := help
-.PHONY: help run demo unit test check env env-dev lock clean
+.PHONY: help run demo unit test check up down logs env env-dev lock clean
 
 help: ## List the targets
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 12
@@ -31,6 +31,18 @@ check: env-dev ## Lint, types, import direction, migrations against the models
 	$(TOOLS)/bin/mypy -p deploy.embedded
 	$(foreach s,$(SERVICES),(cd $(s)_service && PYTHONPATH=src ../$(TOOLS)/bin/lint-imports --no-cache --no-timings) &&) true
 	$(STACK) with --fresh order-db,mail-db -- sh deploy/check-migrations.sh
+
+up: ## Start the pair in containers; needs Docker with Compose v2
+	@sh deploy/make-secrets.sh
+	@docker compose up --detach --build --wait
+	@docker compose exec -T order-api order-service products load /etc/order-service/products.csv
+	@docker compose ps --format 'table {{.Service}}\t{{.Status}}\t{{.Ports}}'
+
+down: ## Stop the containers; their volumes stay
+	@docker compose down
+
+logs: ## Follow the containers' logs
+	@docker compose logs --follow --tail 100
 
 # One environment for each service and one for tools. uv is the only thing pip installs.
 env: $(TOOLS)/.installed $(SERVICES:%=.venv/%/.installed)

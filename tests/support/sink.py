@@ -120,6 +120,17 @@ class Sink:
             with process:
                 process.kill()
 
+    @property
+    def is_running(self) -> bool:
+        """Whether there is a process, as far as this object started and stopped it."""
+        return self._process is not None
+
+    def forget(self) -> None:
+        """Empty the journal and the rules, for another test."""
+        self.script()
+        if self.journal.exists():
+            os.truncate(self.journal, 0)
+
     def script(self, *rules: Rule) -> None:
         """Replace the rules, from the next command on; counts of `times` begin anew."""
         draft = self._rules.with_suffix(".new")
@@ -333,7 +344,7 @@ class Session:
         self._sender, self._recipients = None, []
 
 
-async def serve(port: int, script: Script, journal: Journal) -> None:
+async def serve(port: int, script: Script, journal: Journal, *, host: str = HOST) -> None:
     """Serve until SIGTERM or SIGINT."""
     numbers = iter(range(1, sys.maxsize))
 
@@ -349,8 +360,8 @@ async def serve(port: int, script: Script, journal: Journal) -> None:
     stop = asyncio.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(number, stop.set)
-    server = await asyncio.start_server(talk, HOST, port, limit=READ_BUFFER_BYTES, backlog=1024)
-    sys.stdout.write(f"listening on {HOST}:{port}\n")
+    server = await asyncio.start_server(talk, host, port, limit=READ_BUFFER_BYTES, backlog=1024)
+    sys.stdout.write(f"listening on {host}:{port}\n")
     sys.stdout.flush()
     await stop.wait()
     server.close()
