@@ -9,7 +9,7 @@ from mail_service.settings import Settings
 
 def create_app(settings: Settings, *, is_live: Check, is_ready: Check) -> Flask:
     """Build the app of a replica; what it says of itself comes from the two checks."""
-    app = Flask("mail_service")
+    app = Flask("mail_service", static_folder=None)
     app.config.update(
         SQLALCHEMY_DATABASE_URI=settings.database_url, SQLALCHEMY_ENGINE_OPTIONS=ENGINE_OPTIONS
     )

@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from decimal import Decimal
+from email.errors import MessageError
 from email.headerregistry import Address
 from email.message import EmailMessage
 from email.policy import SMTP
@@ -96,7 +97,7 @@ class Confirmation:
             recipient = _plain_address(event.email)
             message = self._message(event, event_at, message_id, recipient)
             content = message.as_bytes(policy=SMTP)
-        except (TemplateError, ValueError) as error:
+        except (TemplateError, ValueError, ArithmeticError, MessageError) as error:
             raise CannotRender(type(error).__name__) from error
         sender = self._shop.bounce_to or self._shop.mail_from
         return ComposedMail(sender, recipient, content)
@@ -116,10 +117,13 @@ class Confirmation:
             message["Reply-To"] = Address(addr_spec=self._shop.reply_to)
         message["Auto-Submitted"] = "auto-generated"
         message["X-Auto-Response-Suppress"] = "All"
-        message["Content-Language"] = locale
         message["X-Order-Id"] = event.order_id
-        message.set_content(self._templates[locale, "txt"].render(values))
-        message.add_alternative(self._templates[locale, "html"].render(values), subtype="html")
+        text, html = (self._templates[locale, kind].render(values) for kind in ("txt", "html"))
+        # base64: no relay needs 8BITMIME for it, whatever a name is written in.
+        message.set_content(text, cte="base64")
+        message.add_alternative(html, subtype="html", cte="base64")
+        # Only now: becoming multipart, a message gives its Content- headers to its first part.
+        message["Content-Language"] = locale
         return message
 
     def _locale(self, event: OrderCreated) -> str:
@@ -155,4 +159,6 @@ class Confirmation:
 def _plain_address(email: str) -> str:
     """Return the address as the envelope and the header carry it, its domain in ASCII."""
     local, _, domain = email.rpartition("@")
+    # Without SMTPUTF8 a command and a header are ASCII: a local part cannot be made so.
+    local.encode("ascii")
     return f"{local}@{domain.encode('idna').decode()}"

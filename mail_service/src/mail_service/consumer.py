@@ -75,7 +75,8 @@ class Consumption:
         if not free:
             # Paused only now: a pause throws away what was fetched ahead.
             self._member.pause()
-            self._member.read(limit=1, timeout_seconds=0)
+            strays = self._member.read(limit=1, timeout_seconds=0)
+            self._member.place_anew({record.partition for record in strays})
             return
         self._member.resume()
         if time.monotonic() - self._taken_up_at > TAKE_UP_SECONDS:

@@ -19,6 +19,8 @@ from mail_service.kafka import Record
 
 TYPE = "order.created.v1"
 TYPE_OF_ANY_VERSION = re.compile(r"order\.created\.v\d+")
+# Time can be added to what is before it; Python's ends with 9999.
+LAST_YEAR = 9000
 ORDER_ID = validate.Regexp(r"(?=.{1,64}\Z)[A-Za-z0-9_-]+(\.[A-Za-z0-9_-]+)*\Z")
 AMOUNT = validate.Regexp(r"[0-9]{1,15}(\.[0-9]{1,4})?\Z")
 # One plain addr-spec: nothing that a header or an SMTP command could take for more than one.
@@ -142,7 +144,8 @@ def occurred_at(record: Record) -> datetime:
         at = datetime.fromisoformat(_attributes(record).get("ce_time", ""))
     except ValueError:
         return record.at
-    return at if at.tzinfo else record.at
+    is_plausible = at.tzinfo is not None and at.year < LAST_YEAR
+    return at if is_plausible else record.at
 
 
 def _attributes(record: Record) -> Mapping[str, str]:

@@ -77,15 +77,20 @@ class Judge:
         return Retry(str(answer), delay_seconds)
 
     def _delay_seconds(self, answer: Answer, *, attempts: int, jitter: float) -> float:
-        is_suspect = (
-            answer.code is not None
-            and answer.code >= 500
-            and answer.stage in (Stage.RCPT, Stage.DATA, Stage.FINAL_DOT)
-        )
-        if is_suspect:
+        if _is_suspect(answer):
             return SUSPECT_DELAY_SECONDS
         doubled = self.timing.retry_base_seconds * 2.0 ** min(attempts - 1, 30)
         return min(doubled, self.timing.retry_cap_seconds) * jitter
+
+
+def _is_suspect(answer: Answer) -> bool:
+    """Say whether a refusal sounds final and may be a fault of the relay's."""
+    if answer.code is None or answer.code < 500:
+        return False
+    if answer.stage is Stage.RCPT:
+        # RFC 5321 §4.5.3.1.10: at RCPT a 552 means what a 452 does.
+        return answer.code != MAILBOX_OVER_QUOTA
+    return answer.stage in (Stage.DATA, Stage.FINAL_DOT)
 
 
 def _is_refused_for_good(answer: Answer) -> bool:

@@ -21,6 +21,8 @@ from mail_service.telemetry import log
 TOPIC = "order-created"
 GROUP = "mail-service"
 REQUEST_TIMEOUT_SECONDS = 10.0
+# The year 9000: a producer may write any time stamp, Python's time ends with 9999.
+LAST_MILLISECOND = 221_845_392_000_000
 LIBRDKAFKA = logging.getLogger("librdkafka")
 
 
@@ -176,7 +178,7 @@ class Member:
             key=_bytes(message.key()),
             value=_bytes(message.value()),
             headers=_headers(message),
-            at=datetime.fromtimestamp(max(milliseconds, 0) / 1000, UTC),
+            at=datetime.fromtimestamp(min(max(milliseconds, 0), LAST_MILLISECOND) / 1000, UTC),
         )
 
     def _note_error(self, error: KafkaError, partition: int | None) -> None:

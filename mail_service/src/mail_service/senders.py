@@ -15,6 +15,7 @@ from sqlalchemy.exc import DBAPIError
 
 from mail_service import events, ledger
 from mail_service.confirmation import CannotRender, Confirmation
+from mail_service.events import UnreadableRecord
 from mail_service.judge import Dead, Judge, Retry, Sent, Unknown, Verdict
 from mail_service.ledger import Mail
 from mail_service.smtp import SmtpConnection
@@ -40,6 +41,7 @@ class Lease:
         self.name = name
         self.seconds = seconds
         self._renewed_at = float("-inf")
+        self.term = 0
 
     def renew(self, connection: Connection) -> None:
         """Write the lease in the caller's transaction; after its commit call `renewed`."""
@@ -52,12 +54,17 @@ class Lease:
         return time.clock_gettime(self.CLOCK)
 
     def renewed(self, at: float) -> None:
-        """Note a renewal that was committed; `at` was read before it was sent."""
+        """Note a renewal that was committed; `at` was read before it was sent.
+
+        One that came too late begins a new term: rows of the old one may be another's by now.
+        """
+        if at - self._renewed_at >= self.seconds:
+            self.term += 1
         self._renewed_at = at
 
-    def is_held(self) -> bool:
-        """Say whether the lease surely still runs."""
-        return self.now() - self._renewed_at < self.seconds
+    def is_held(self, term: int) -> bool:
+        """Say whether the lease has surely been running without a break since `term` was read."""
+        return term == self.term and self.now() - self._renewed_at < self.seconds
 
     def is_due(self) -> bool:
         """Say whether it is time to renew."""
@@ -182,7 +189,7 @@ class Senders:
         self._connect = connect
         self._confirmation = confirmation
         self._judge = judge
-        self._mails: queue.SimpleQueue[Mail | None] = queue.SimpleQueue()
+        self._mails: queue.SimpleQueue[tuple[Mail, int] | None] = queue.SimpleQueue()
         self._in_slots: set[int] = set()
         self._changed = threading.Condition()
         self._count = count
@@ -215,7 +222,7 @@ class Senders:
             self._in_slots |= {mail.id for mail in mails}
             slots_busy.set(len(self._in_slots))
         for mail in mails:
-            self._mails.put(mail)
+            self._mails.put((mail, self._lease.term))
 
     def drain(self) -> None:
         """Await the answers of what is under way, record them, end the lease.
@@ -239,22 +246,23 @@ class Senders:
 
     def _run_slot(self) -> None:
         connection = self._connect()
-        while (mail := self._mails.get()) is not None:
-            self._recorder.record(Outcome(mail, self._attempt(mail, connection)))
+        while (claim := self._mails.get()) is not None:
+            mail, term = claim
+            self._recorder.record(Outcome(mail, self._attempt(mail, term, connection)))
         connection.close()
 
-    def _attempt(self, mail: Mail, connection: SmtpConnection) -> Verdict:
+    def _attempt(self, mail: Mail, term: int, connection: SmtpConnection) -> Verdict:
         try:
             composed = self._confirmation.compose(
                 events.parse(mail.event), event_at=mail.event_at, message_id=mail.message_id
             )
-        except CannotRender as error:
+        except (CannotRender, UnreadableRecord) as error:
             return Dead(f"cannot be rendered: {error}")
         answer = connection.deliver(
             composed.content,
             sender=composed.sender,
             recipient=composed.recipient,
-            may_finish=self._lease.is_held,
+            may_finish=lambda: self._lease.is_held(term),
         )
         return self._judge.judge(
             answer,

@@ -181,6 +181,8 @@ def _with_secret_files(environment: Mapping[str, str]) -> tuple[dict[str, str], 
             values[target] = Path(values.pop(name)).read_text(encoding="utf-8").strip()
         except OSError as error:
             faults.append(f"{name}: {error.strerror}")
+        except UnicodeDecodeError:
+            faults.append(f"{name}: Not UTF-8.")
     return values, faults
 
 

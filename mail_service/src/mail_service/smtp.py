@@ -12,6 +12,7 @@ from mail_service.replies import Answer, Stage
 CONNECT_TIMEOUT_SECONDS = 30.0
 REPLY_TIMEOUT_SECONDS = 60.0
 MAX_REPLY_CHARACTERS = 300
+CLOSING = 421
 LEADING_DOT = re.compile(rb"(?m)^\.")
 
 
@@ -78,7 +79,7 @@ class SmtpConnection:
                 stage = Stage.DATA
                 reply = smtp.docmd("DATA")
             if reply[0] != 354:
-                smtp.rset()
+                self._reset(smtp, reply[0])
                 return _answer(stage, reply)
             smtp.send(_dot_stuffed(content))
             if not may_finish():
@@ -89,7 +90,7 @@ class SmtpConnection:
         except smtplib.SMTPResponseException as error:
             self._drop()
             return _answer(stage, (error.smtp_code, _bytes(error.smtp_error)))
-        except (OSError, smtplib.SMTPException) as error:
+        except (OSError, ValueError, smtplib.SMTPException) as error:
             self._drop()
             return Answer(stage, None, f"{type(error).__name__} {error}"[:MAX_REPLY_CHARACTERS])
 
@@ -117,6 +118,16 @@ class SmtpConnection:
         connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         connection.settimeout(REPLY_TIMEOUT_SECONDS)
         return smtp
+
+    def _reset(self, smtp: smtplib.SMTP, code: int) -> None:
+        """Make the connection fit for the next mail; the reply that ended this one stands."""
+        try:
+            if code == CLOSING:
+                self._drop()
+            else:
+                smtp.rset()
+        except (OSError, smtplib.SMTPException):
+            self._drop()
 
     def _finish(self, smtp: smtplib.SMTP) -> tuple[int, bytes]:
         connection = self._socket(smtp)
@@ -148,7 +159,9 @@ def _dot_stuffed(content: bytes) -> bytes:
 
 def _answer(stage: Stage, reply: tuple[int, bytes]) -> Answer:
     code, raw = reply
-    text = " ".join(raw.decode("utf-8", errors="replace").split())
+    words = " ".join(raw.decode("utf-8", errors="replace").split())
+    # It goes into the ledger, which takes no NUL, and onto terminals.
+    text = "".join(letter if letter.isprintable() else "?" for letter in words)
     # smtplib answers -1 for a reply that has no code.
     return Answer(stage, code if code > 0 else None, text[:MAX_REPLY_CHARACTERS])
 
