@@ -93,7 +93,7 @@ class _OrderCreatedSchema(Schema):
         unknown = EXCLUDE
 
     order_id = _StringOrInteger(required=True, data_key="orderId", validate=ORDER_ID)
-    user_id = _StringOrInteger(required=True, data_key="userId", load_only=True)
+    user_id = _StringOrInteger(required=True, data_key="userId", validate=validate.Length(1, 255))
     amount = _Amount(required=True)
     email = fields.String(required=True, validate=[validate.Length(3, 254), ADDRESS])
     currency = fields.String(load_default=None, validate=validate.Regexp(r"[A-Z]{3}\Z"))

@@ -6,9 +6,10 @@ from pathlib import Path
 
 import pytest
 from harness import Environment, Ledger, Replicas, Topic, run
-from mail_service.models import make_engine
 from sink import Sink
 from sqlalchemy import Engine
+
+from mail_service.models import make_engine
 
 ADDRESSES = ("MAIL_DATABASE_URL", "KAFKA_BOOTSTRAP_SERVERS")
 

@@ -14,9 +14,10 @@ from typing import Any, Self, TypeVar
 
 from confluent_kafka import ConsumerGroupTopicPartitions, Producer, TopicPartition
 from confluent_kafka.admin import AdminClient, NewTopic, OffsetSpec
-from mail_service.kafka import GROUP, TOPIC
 from sink import Sink
 from sqlalchemy import Engine, text
+
+from mail_service.kafka import GROUP, TOPIC
 
 Environment = dict[str, str]
 Row = dict[str, Any]

@@ -8,10 +8,10 @@ from uuid import UUID, uuid4
 
 import pytest
 from harness import Ledger
-from mail_service.ledger import Mail, Move, NewDeadLetter, NewMail, PositionMoved, Start
 from sqlalchemy import Engine
 
 from mail_service import ledger
+from mail_service.ledger import Mail, Move, NewDeadLetter, NewMail, PositionMoved, Start
 
 TOPIC_ID = "topic-1"
 EVENT = b'{"orderId": "order-1"}'

@@ -3,9 +3,10 @@
 from alembic import command
 from alembic.config import Config
 from harness import Environment, Ledger, run
+from sqlalchemy import Engine, inspect
+
 from mail_service.models import Base
 from mail_service.operate.migrate import MIGRATIONS
-from sqlalchemy import Engine, inspect
 
 
 def tables(engine: Engine) -> set[str]:

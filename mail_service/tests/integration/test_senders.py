@@ -8,16 +8,16 @@ from uuid import UUID, uuid4
 
 import pytest
 from harness import Environment, Ledger, wait_for
+from sink import Rule, Sink
+from sqlalchemy import Engine, text
+
+from mail_service import ledger
 from mail_service.confirmation import Confirmation, Shop
 from mail_service.judge import Judge
 from mail_service.ledger import Mail, NewMail
 from mail_service.senders import Lease, Senders
 from mail_service.settings import TEST_TIMING, Settings
 from mail_service.smtp import Relay, SmtpConnection
-from sink import Rule, Sink
-from sqlalchemy import Engine, text
-
-from mail_service import ledger
 
 LEASE_SECONDS = 0.9
 TakeIn = Callable[..., list[Mail]]

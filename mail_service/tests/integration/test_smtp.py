@@ -5,10 +5,11 @@ import time
 from collections.abc import Callable, Iterator
 
 import pytest
-from mail_service.replies import Answer, Stage
-from mail_service.smtp import Relay, SmtpConnection
 from sink import Rule, Sink
 from sink import Stage as At
+
+from mail_service.replies import Answer, Stage
+from mail_service.smtp import Relay, SmtpConnection
 
 CONTENT = b"Message-ID: <1@shop.example>\r\nX-Order-Id: order-1\r\n\r\nHello\r\n"
 Deliver = Callable[..., Answer]

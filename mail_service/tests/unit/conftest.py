@@ -1,6 +1,7 @@
 """Nothing runs here but this process."""
 
 import pytest
+
 from mail_service.settings import Settings
 
 TIMEOUT_SECONDS = 20

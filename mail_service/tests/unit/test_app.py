@@ -1,6 +1,7 @@
 """The headless app: three probes, nothing else."""
 
 import pytest
+
 from mail_service.app import create_app
 from mail_service.settings import Settings
 

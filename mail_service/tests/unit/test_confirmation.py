@@ -11,6 +11,7 @@ from email.utils import parsedate_to_datetime
 from typing import Any
 
 import pytest
+
 from mail_service.confirmation import CannotRender, ComposedMail, Confirmation, Shop, message_id
 from mail_service.events import Item, OrderCreated
 from mail_service.settings import Settings

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
 from mail_service.events import Item, UnreadableRecord, occurred_at, parse, read
 from mail_service.kafka import Record
 

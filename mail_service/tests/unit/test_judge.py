@@ -3,6 +3,7 @@
 from datetime import UTC, datetime, timedelta
 
 import pytest
+
 from mail_service.judge import (
     SUSPECT_DELAY_SECONDS,
     Dead,

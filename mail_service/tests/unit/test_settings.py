@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import pytest
+
 from mail_service.settings import (
     KAFKA_PROPERTIES_WE_SET,
     TEST_TIMING,

@@ -6,9 +6,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from mail_service.models import Base
 
 import mail_service
+from mail_service.models import Base
 
 SOURCE = Path(mail_service.__file__).parent
 FILES = sorted(SOURCE.rglob("*.py"))

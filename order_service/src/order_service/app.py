@@ -98,7 +98,8 @@ def problem(
     if errors:
         body["errors"] = list(errors)
     return Response(
-        json.dumps(body),
+        # A name in a refused body may be no Unicode text; it is shown with question marks.
+        json.dumps(body).encode(errors="replace"),
         status=status,
         headers=dict(headers or {}),
         content_type="application/problem+json",
@@ -130,7 +131,8 @@ def _pointers(messages: Any, path: str) -> Iterator[dict[str, str]]:
     """Flatten marshmallow's nested messages into JSON Pointers."""
     if isinstance(messages, Mapping):
         for name, inner in messages.items():
-            step = "" if name == "_schema" else f"/{name}"
+            escaped = str(name).replace("~", "~0").replace("/", "~1")
+            step = "" if name == "_schema" else f"/{escaped}"
             yield from _pointers(inner, path + step)
     else:
         for message in messages:

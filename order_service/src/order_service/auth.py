@@ -16,6 +16,8 @@ LEEWAY_SECONDS = 30
 JWKS_TIMEOUT_SECONDS = 5.0
 REALM = 'Bearer realm="order-service"'
 
+MAX_USER_ID_CHARACTERS = 255
+
 P = ParamSpec("P")
 R = TypeVar("R")
 
@@ -45,7 +47,7 @@ class JwksFile:
                 self._keys = {key.key_id: key for key in jwks.keys}
                 self._read_at_ns = changed_at_ns
             return self._keys[jwt.get_unverified_header(token).get("kid")]
-        except (OSError, KeyError) as error:
+        except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
             raise jwt.PyJWKClientError("no such key") from error
 
 
@@ -73,6 +75,7 @@ class TokenVerifier:
                 leeway=LEEWAY_SECONDS,
                 options={"require": ["exp", "iss", "aud", "sub"]},
             )
+            _check_subject(claims["sub"])
         except jwt.PyJWTError as error:
             challenge = f'{REALM}, error="invalid_token"'
             raise NotAuthenticated(
@@ -99,6 +102,12 @@ def requires(scope: str) -> Callable[[Callable[P, R]], Callable[P, R]]:
         return guarded
 
     return decorate
+
+
+def _check_subject(subject: str) -> None:
+    """Refuse a user whom neither the database nor the contract can carry."""
+    if not 1 <= len(subject) <= MAX_USER_ID_CHARACTERS or not subject.isprintable():
+        raise jwt.InvalidTokenError("not a user id")
 
 
 def _authenticate() -> Principal:

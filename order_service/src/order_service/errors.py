@@ -9,6 +9,7 @@
     ├── IdempotencyKeyReused     422
     ├── PriceChanged             409
     ├── ProductUnknown           422
+    ├── TooManyOrders            429  Retry-After
     └── TemporarilyUnavailable   503  Retry-After
 
 Anything else is a fault of ours: 500, logged.
@@ -84,6 +85,12 @@ class ProductUnknown(Problem):
     """An item names a product that is not for sale."""
 
     status, slug = HTTPStatus.UNPROCESSABLE_ENTITY, "product-unknown"
+
+
+class TooManyOrders(Problem):
+    """The user or the recipient has had as many orders as are allowed for now."""
+
+    status, slug = HTTPStatus.TOO_MANY_REQUESTS, "too-many-orders"
 
 
 class TemporarilyUnavailable(Problem):

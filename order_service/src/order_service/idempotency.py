@@ -5,6 +5,7 @@ import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
+from datetime import datetime
 from typing import Any
 from uuid import UUID
 
@@ -14,6 +15,8 @@ from order_service.errors import IdempotencyKeyRejected, IdempotencyKeyReused, R
 
 KEY = re.compile(r"[\x21-\x7e](?:[\x20-\x7e]{0,253}[\x21-\x7e])?")
 UNIQUE_CONSTRAINT = "idempotency_keys_pkey"
+KEPT_HOURS = 48
+PURGE_ROWS = 1_000
 
 # The lock and the look-up are one round trip. The statement's snapshot is older than its lock, so
 # an order committed in between is not seen here: the unique key decides in the end.
@@ -22,10 +25,18 @@ _CLAIM = text("""
                hashtextextended(jsonb_build_array(:principal, :operation, :key)::text, 0)
            ) AS is_granted,
            earlier.fingerprint,
-           earlier.order_id
+           earlier.order_id,
+           now() AS claimed_at
       FROM (VALUES (1)) AS request
       LEFT JOIN idempotency_keys AS earlier
         ON earlier.principal = :principal AND earlier.operation = :operation AND earlier.key = :key
+""")
+
+_PURGE = text("""
+    DELETE FROM idempotency_keys
+     WHERE ctid = ANY(ARRAY(SELECT ctid FROM idempotency_keys
+                             WHERE created_at < now() - :hours * interval '1 hour'
+                             LIMIT :limit))
 """)
 
 
@@ -37,6 +48,14 @@ class Use:
     operation: str
     key: str
     fingerprint: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class Claim:
+    """A key that is held: the order of an earlier use, and the database's time."""
+
+    order_id: UUID | None
+    at: datetime
 
 
 def parse_key(header: str | None) -> str:
@@ -57,7 +76,7 @@ def fingerprint(payload: Mapping[str, Any]) -> bytes:
     return hashlib.sha256(canonical.encode()).digest()
 
 
-def claim(connection: Connection, use: Use) -> UUID | None:
+def claim(connection: Connection, use: Use) -> Claim:
     """Hold the key until the transaction ends; return the order it already stands for, if any.
 
     Raises RequestInFlight at once when another transaction holds it, IdempotencyKeyReused when it
@@ -70,8 +89,11 @@ def claim(connection: Connection, use: Use) -> UUID | None:
         raise RequestInFlight(
             "A request with this Idempotency-Key is being worked on.", headers={"Retry-After": "1"}
         )
-    if row.order_id is None:
-        return None
-    if bytes(row.fingerprint) != use.fingerprint:
+    if row.order_id is not None and bytes(row.fingerprint) != use.fingerprint:
         raise IdempotencyKeyReused("This Idempotency-Key came before with another payload.")
-    return UUID(str(row.order_id))
+    return Claim(row.order_id, row.claimed_at)
+
+
+def purge(connection: Connection) -> int:
+    """Delete a batch of the keys that are too old to be replayed; return how many."""
+    return connection.execute(_PURGE, {"hours": KEPT_HOURS, "limit": PURGE_ROWS}).rowcount

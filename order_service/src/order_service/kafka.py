@@ -219,6 +219,22 @@ class Publisher:
 
         Told to stop, it waits 5 s at most. Raises PublisherFailed when the producer is beyond use.
         """
+        delivery = self._publish_together(records)
+        # A broker refuses whole batches: only a record refused alone is itself to blame.
+        suspects = [record for record in records if record.id in delivery.refused]
+        if len(records) > 1 and suspects:
+            delivery.postponed |= delivery.refused
+            delivery.refused = {}
+            for record in suspects:
+                alone = self._publish_together([record])
+                if alone.postponed:
+                    break
+                del delivery.postponed[record.id]
+                delivery.confirmed |= alone.confirmed
+                delivery.refused |= alone.refused
+        return delivery
+
+    def _publish_together(self, records: Sequence[Outgoing]) -> Delivery:
         delivery = Delivery({}, {}, {record.id: "no delivery report" for record in records})
         for record in records:
             self._produce(record, delivery)

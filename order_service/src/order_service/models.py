@@ -30,8 +30,15 @@ STATEMENT_TIMEOUT_MS = 5_000
 LOCK_TIMEOUT_MS = 2_000
 IDLE_IN_TRANSACTION_TIMEOUT_MS = 10_000
 
+# One for each thread of a gunicorn worker: a request never waits for a connection for long.
+POOL_SIZE = 8
+POOL_TIMEOUT_SECONDS = 2.0
+
 ENGINE_OPTIONS: dict[str, Any] = {
     "pool_pre_ping": True,
+    "pool_size": POOL_SIZE,
+    "max_overflow": 0,
+    "pool_timeout": POOL_TIMEOUT_SECONDS,
     "connect_args": {
         "connect_timeout": 5,
         "options": f"-c statement_timeout={STATEMENT_TIMEOUT_MS} -c lock_timeout={LOCK_TIMEOUT_MS}"
@@ -81,6 +88,10 @@ class Order(Base):
     """An accepted order."""
 
     __tablename__ = "orders"
+    __table_args__ = (
+        Index("orders_user", "user_id", "ordered_at", "id"),
+        Index("orders_recipient", text("lower(email)"), "ordered_at"),
+    )
 
     id: Mapped[UUID] = mapped_column(primary_key=True)
     user_id: Mapped[str]
@@ -126,6 +137,7 @@ class IdempotencyKey(Base):
     """A key a client used, and the order it stands for."""
 
     __tablename__ = "idempotency_keys"
+    __table_args__ = (Index("idempotency_keys_age", "created_at"),)
 
     principal: Mapped[str] = mapped_column(primary_key=True)
     operation: Mapped[str] = mapped_column(primary_key=True)

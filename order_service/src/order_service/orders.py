@@ -1,22 +1,29 @@
 """place_order: the one transaction."""
 
 import json
+import random
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from datetime import UTC, datetime
+from datetime import datetime
 from decimal import Decimal
 
-from psycopg2.errors import UniqueViolation
+from psycopg2.errors import DeadlockDetected, SerializationFailure, UniqueViolation
 from sqlalchemy import Connection, Engine, text
-from sqlalchemy.exc import IntegrityError
+from sqlalchemy.exc import IntegrityError, OperationalError
 from sqlalchemy.orm import Session
 from uuid_utils.compat import uuid7
 
 from order_service import catalogue, events, idempotency, outbox
 from order_service.errors import PriceChanged, ProductUnknown
 from order_service.events import Item, PlacedOrder
+from order_service.limits import OrderLimits
+from order_service.limits import check as check_limits
 from order_service.models import Order
 from order_service.telemetry import log, orders_placed
+
+RETRIES = 2
+RETRY_SECONDS = 0.05
 
 # One statement, so that the order, its items, its event and its key are one round trip.
 _INSERT = text("""
@@ -59,20 +66,15 @@ class Placement:
     is_replayed: bool
 
 
-def place_order(engine: Engine, request: OrderRequest, use: idempotency.Use) -> Placement:
+def place_order(
+    engine: Engine, request: OrderRequest, use: idempotency.Use, limits: OrderLimits
+) -> Placement:
     """Persist an order, its event and its key together, once for each key.
 
-    Raises ProductUnknown, PriceChanged, RequestInFlight and IdempotencyKeyReused; nothing is
-    written then, and the key is free.
+    Raises ProductUnknown, PriceChanged, TooManyOrders, RequestInFlight and IdempotencyKeyReused;
+    nothing is written then, and the key is free.
     """
-    try:
-        with engine.begin() as connection:
-            placement = _find_or_insert(connection, request, use)
-    except IntegrityError as error:
-        if not _is_key_taken(error):
-            raise
-        with engine.begin() as connection:
-            placement = _find_or_insert(connection, request, use)
+    placement = _place(engine, request, use, limits)
     if not placement.is_replayed:
         outbox.wake_relay(engine)
     orders_placed.labels("replayed" if placement.is_replayed else "placed").inc()
@@ -80,14 +82,34 @@ def place_order(engine: Engine, request: OrderRequest, use: idempotency.Use) -> 
     return placement
 
 
-def _find_or_insert(
-    connection: Connection, request: OrderRequest, use: idempotency.Use
+def _place(
+    engine: Engine, request: OrderRequest, use: idempotency.Use, limits: OrderLimits
 ) -> Placement:
-    earlier_id = idempotency.claim(connection, use)
-    if earlier_id is not None:
+    """Run the transaction, again only after the database has surely undone it.
+
+    Any other failure, a COMMIT without an answer above all, is the client's to repeat.
+    """
+    for _ in range(RETRIES):
+        try:
+            with engine.begin() as connection:
+                return _find_or_insert(connection, request, use, limits)
+        except (IntegrityError, OperationalError) as error:
+            if not _is_rolled_back(error):
+                raise
+            time.sleep(random.uniform(0, RETRY_SECONDS))  # noqa: S311 - spreads retries
+    with engine.begin() as connection:
+        return _find_or_insert(connection, request, use, limits)
+
+
+def _find_or_insert(
+    connection: Connection, request: OrderRequest, use: idempotency.Use, limits: OrderLimits
+) -> Placement:
+    claim = idempotency.claim(connection, use)
+    if claim.order_id is not None:
         with Session(connection) as session:
-            return Placement(session.get_one(Order, earlier_id), is_replayed=True)
-    order = _price(connection, request, user_id=use.principal)
+            return Placement(session.get_one(Order, claim.order_id), is_replayed=True)
+    check_limits(connection, limits, user_id=use.principal, email=request.email)
+    order = _price(connection, request, user_id=use.principal, ordered_at=claim.at)
     event = events.order_created(order, event_id=uuid7())
     connection.execute(
         _INSERT,
@@ -118,7 +140,9 @@ def _find_or_insert(
     return Placement(order, is_replayed=False)
 
 
-def _price(connection: Connection, request: OrderRequest, *, user_id: str) -> PlacedOrder:
+def _price(
+    connection: Connection, request: OrderRequest, *, user_id: str, ordered_at: datetime
+) -> PlacedOrder:
     """Give every line its name and unit price of now, and add up."""
     products = catalogue.for_sale(
         connection, [sku for sku, _ in request.items], currency=request.currency
@@ -146,14 +170,14 @@ def _price(connection: Connection, request: OrderRequest, *, user_id: str) -> Pl
         locale=request.locale,
         currency=request.currency,
         amount=amount,
-        ordered_at=datetime.now(UTC),
+        ordered_at=ordered_at,
         items=items,
     )
 
 
-def _is_key_taken(error: IntegrityError) -> bool:
+def _is_rolled_back(error: IntegrityError | OperationalError) -> bool:
+    """Say whether the database has surely undone everything, and another try may go better."""
     original = error.orig
-    return (
-        isinstance(original, UniqueViolation)
-        and original.diag.constraint_name == idempotency.UNIQUE_CONSTRAINT
-    )
+    if isinstance(original, UniqueViolation):
+        return bool(original.diag.constraint_name == idempotency.UNIQUE_CONSTRAINT)
+    return isinstance(original, SerializationFailure | DeadlockDetected)

@@ -13,7 +13,7 @@ There is one event for each order today. Were a later event type to share a key,
 fails would have to hold back the key's later rows: `select_init` is where that would break.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 from uuid import UUID
 
@@ -56,6 +56,8 @@ _ANY_TO_COMPLETED = text("""
            AS seen (id, partition, "offset")
      WHERE outbox.id = seen.id AND outbox.state <> 'COMPLETED'
 """)
+
+_COUNT_KNOWN = text("SELECT count(*) FROM outbox WHERE id = ANY(CAST(:ids AS uuid[]))")
 
 _MOVE_POSITIONS = text("""
     INSERT INTO readback_positions (topic_id, partition, next_offset)
@@ -192,6 +194,11 @@ def complete(
         },
     )
     return moved
+
+
+def count_known(connection: Connection, event_ids: Collection[UUID]) -> int:
+    """Return how many of these events are ours."""
+    return int(connection.execute(_COUNT_KNOWN, {"ids": list(event_ids)}).scalar_one())
 
 
 def positions(connection: Connection, *, topic_id: str) -> dict[int, int]:

@@ -4,6 +4,7 @@ One relay is active: the one whose session holds the advisory lock. It selects r
 session, so a relay that lost its connection stops publishing with its next select.
 """
 
+import contextlib
 import select
 import threading
 import time
@@ -11,10 +12,11 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
+import psycopg2
 from sqlalchemy import Connection, Engine, text
 from sqlalchemy.exc import DBAPIError
 
-from order_service import outbox
+from order_service import idempotency, outbox
 from order_service.kafka import Delivery, KafkaUnavailable, Publisher, Topic
 from order_service.telemetry import events_published, log, relay_is_active
 
@@ -24,6 +26,7 @@ STANDBY_SECONDS = 1.0
 POLL_SECONDS = 1.0
 BATCH_ROWS = 500
 RETRY_SECONDS = 1.0
+PURGE_SECONDS = 60.0
 
 # A client that vanished with its host must not hold the lock: the server asks after it.
 _SERVER_KEEPALIVE = text("""
@@ -52,6 +55,7 @@ class Relay:
         self._publisher = publisher
         self._companion = companion
         self._stop = stop
+        self._purged_at = float("-inf")
         self.round_at = time.monotonic()
 
     def run(self) -> None:
@@ -92,6 +96,7 @@ class Relay:
             while not self._stop.is_set():
                 self.round_at = time.monotonic()
                 self._round(connection)
+                self._purge(connection)
         log.info("relay.deactivated")
 
     def _round(self, connection: Connection) -> None:
@@ -108,6 +113,13 @@ class Relay:
             self._stop.wait(RETRY_SECONDS)
         elif delivery.size < BATCH_ROWS:
             _wait_for_work(connection)
+
+    def _purge(self, connection: Connection) -> None:
+        """Delete old Idempotency-Keys: a batch a minute; while there are more, a batch a round."""
+        if time.monotonic() - self._purged_at > PURGE_SECONDS:
+            purged = idempotency.purge(connection)
+            if purged < idempotency.PURGE_ROWS:
+                self._purged_at = time.monotonic()
 
 
 def publish_batch(connection: Connection, publisher: Publisher, *, topic_id: str) -> Delivery:
@@ -132,5 +144,7 @@ def _wait_for_work(connection: Connection) -> None:
     session: Any = connection.connection.dbapi_connection
     if not session.notifies:
         select.select([session], [], [], POLL_SECONDS)
-        session.poll()
+        with contextlib.suppress(psycopg2.Error):
+            # A session that has ended says so at the next select, as SQLAlchemy's error.
+            session.poll()
     session.notifies.clear()

@@ -1,7 +1,10 @@
 """What a client may say and will hear."""
 
+from base64 import urlsafe_b64decode, urlsafe_b64encode
+from datetime import UTC, datetime
 from decimal import Decimal
 from typing import Any
+from uuid import UUID
 
 from email_validator import EmailNotValidError, validate_email
 from flask_smorest.error_handler import ErrorSchema
@@ -11,6 +14,7 @@ from order_service.events import instant
 
 MAX_ITEMS = 50
 MAX_QUANTITY = 999
+MAX_PAGE = 100
 SKU = validate.Regexp(r"[A-Za-z0-9._-]{1,64}\Z", error="Not a sku.")
 AMOUNT = validate.Regexp(r"[0-9]{1,15}(\.[0-9]{1,4})?\Z", error="Not a decimal string.")
 
@@ -21,7 +25,7 @@ class Email(fields.String):
     def _deserialize(self, value: Any, *args: Any, **kwargs: Any) -> str:
         text = super()._deserialize(value, *args, **kwargs)
         try:
-            return validate_email(text, check_deliverability=False).normalized
+            return validate_email(text, check_deliverability=False, strict=True).normalized
         except EmailNotValidError as error:
             raise ValidationError("Not a valid email address.") from error
 
@@ -67,6 +71,30 @@ class OrderRequestSchema(Schema):
     expected_amount = Money(data_key="expectedAmount", load_default=None)
 
 
+class Cursor(fields.String):
+    """Where the next page begins, opaque to clients: the last order's moment and id."""
+
+    def _deserialize(self, value: Any, *args: Any, **kwargs: Any) -> tuple[datetime, UUID]:  # type: ignore[override]
+        text = super()._deserialize(value, *args, **kwargs)
+        try:
+            moment, _, order_id = urlsafe_b64decode(text.encode("ascii")).decode().partition(" ")
+            return datetime.fromisoformat(moment).astimezone(UTC), UUID(order_id)
+        except (ValueError, OverflowError) as error:
+            raise ValidationError("Not a cursor of ours.") from error
+
+    @staticmethod
+    def of(at: datetime, order_id: UUID) -> str:
+        """Return the cursor behind this order."""
+        return urlsafe_b64encode(f"{instant(at)} {order_id}".encode()).decode()
+
+
+class OrderListArgumentsSchema(Schema):
+    """The query of GET /v1/orders."""
+
+    limit = fields.Integer(load_default=20, validate=validate.Range(min=1, max=MAX_PAGE))
+    cursor = Cursor(load_default=None)
+
+
 class ItemSchema(Schema):
     """A line of an order, as it was when the order was placed."""
 
@@ -100,7 +128,14 @@ class EventStateSchema(Schema):
 class TrackedOrderSchema(OrderSchema):
     """An order and the state of its event."""
 
-    event = fields.Nested(EventStateSchema)
+    event = fields.Nested(EventStateSchema, allow_none=True)
+
+
+class OrderListSchema(Schema):
+    """A page of my orders, newest first; `nextCursor` is null on the last one."""
+
+    items = fields.List(fields.Nested(TrackedOrderSchema))
+    next_cursor = fields.String(data_key="nextCursor", allow_none=True)
 
 
 class ProductSchema(Schema):

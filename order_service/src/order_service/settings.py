@@ -25,6 +25,8 @@ KAFKA_PROPERTIES_WE_SET = frozenset(
         "partitioner",
     }
 )
+# Whose tokens `order-service token` makes.
+DEVELOPMENT_ISSUER = "urn:order-service:development"
 # Read by Kafka's own console tools, which may share our shell.
 KAFKA_VARIABLES_OF_OTHERS = frozenset({"KAFKA_OPTS", "KAFKA_HEAP_OPTS"})
 
@@ -48,6 +50,12 @@ class _Environment(Schema):
     auth_jwks = fields.String(required=True, data_key="AUTH_JWKS")
     shop_currency = fields.String(
         load_default="KRW", data_key="SHOP_CURRENCY", validate=validate.Regexp(r"^[A-Z]{3}\Z")
+    )
+    orders_per_user_per_minute = fields.Integer(
+        load_default=30, data_key="ORDERS_PER_USER_PER_MINUTE", validate=validate.Range(min=1)
+    )
+    orders_per_recipient_per_hour = fields.Integer(
+        load_default=20, data_key="ORDERS_PER_RECIPIENT_PER_HOUR", validate=validate.Range(min=1)
     )
     http_port = fields.Integer(load_default=8000, data_key="HTTP_PORT")
     probe_port = fields.Integer(load_default=0, data_key="PROBE_PORT")
@@ -73,6 +81,8 @@ class Settings:
     auth_audience: str
     auth_jwks: str
     shop_currency: str
+    orders_per_user_per_minute: int
+    orders_per_recipient_per_hour: int
     http_port: int
     probe_port: int
     log_level: str
@@ -83,6 +93,8 @@ class Settings:
         values, faults = _with_secret_files(environment)
         kafka, kafka_faults = _kafka_properties(values)
         faults += kafka_faults
+        if (values.get("APP_ENV"), values.get("AUTH_ISSUER")) == ("production", DEVELOPMENT_ISSUER):
+            faults.append("AUTH_ISSUER: the development issuer is refused in production")
         loaded: dict[str, Any] = {}
         try:
             loaded = _Environment().load(values)
@@ -109,6 +121,8 @@ def _with_secret_files(environment: Mapping[str, str]) -> tuple[dict[str, str], 
             values[target] = Path(values.pop(name)).read_text(encoding="utf-8").strip()
         except OSError as error:
             faults.append(f"{name}: {error.strerror}")
+        except UnicodeDecodeError:
+            faults.append(f"{name}: Not UTF-8.")
     return values, faults
 
 

@@ -38,8 +38,13 @@ def load(path: Path) -> None:
     Prices are in SHOP_CURRENCY. When a line is wrong nothing is loaded.
     """
     settings = Settings.from_environment()
-    with path.open(encoding="utf-8-sig", newline="") as file:
-        entries, faults = read(file, currency=settings.shop_currency)
+    try:
+        with path.open(encoding="utf-8-sig", newline="") as file:
+            entries, faults = read(file, currency=settings.shop_currency)
+    except UnicodeDecodeError as error:
+        raise click.ClickException(f"{path} is not UTF-8: {error}") from error
+    if not entries and not faults:
+        faults = ["there is no product in it"]
     if faults:
         raise click.ClickException("\n".join(faults))
     with make_engine(settings.database_url).begin() as connection:

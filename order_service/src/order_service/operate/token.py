@@ -51,15 +51,21 @@ def signing_key(jwks: Path) -> rsa.RSAPrivateKey:
         return key
     key = rsa.generate_private_key(public_exponent=65537, key_size=KEY_BITS)
     jwks.parent.mkdir(parents=True, exist_ok=True)
-    private.touch(mode=0o600)
-    private.write_bytes(
-        key.private_bytes(
-            serialization.Encoding.PEM,
-            serialization.PrivateFormat.PKCS8,
-            serialization.NoEncryption(),
-        )
-    )
     public = RSAAlgorithm.to_jwk(key.public_key(), as_dict=True)
     public |= {"kid": KEY_ID, "use": "sig", "alg": "RS256"}
-    jwks.write_text(json.dumps({"keys": [public]}), encoding="utf-8")
+    _write_whole(jwks, json.dumps({"keys": [public]}).encode(), mode=0o644)
+    pem = key.private_bytes(
+        serialization.Encoding.PEM,
+        serialization.PrivateFormat.PKCS8,
+        serialization.NoEncryption(),
+    )
+    _write_whole(private, pem, mode=0o600)
     return key
+
+
+def _write_whole(path: Path, content: bytes, *, mode: int) -> None:
+    """Let the file appear with all its content, so that no reader meets half of it."""
+    draft = path.with_suffix(".new")
+    draft.touch(mode=mode)
+    draft.write_bytes(content)
+    draft.replace(path)
