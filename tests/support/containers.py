@@ -26,6 +26,7 @@ STAND_INS = {
     "KAFKA_IMAGE": "order-and-mail-kafka:stand-in",
     "POSTGRES_IMAGE": "order-and-mail-postgres:stand-in",
     "INBOX_IMAGE": "order-and-mail-inbox:stand-in",
+    "HAPROXY_IMAGE": "order-and-mail-haproxy:stand-in",
     "BUILD_NETWORK": "host",
 }
 
@@ -153,7 +154,7 @@ def place(client: httpx.Client) -> str:
             continue
         if response.status_code == httpx.codes.CREATED:
             return str(response.json()["id"])
-        assert response.status_code in {409, 503}, response.text
+        assert response.status_code in {409, 502, 503}, response.text
         time.sleep(0.2)
     raise AssertionError(f"no 201 within {PATIENCE_SECONDS:g} s")
 

@@ -1,31 +1,32 @@
 """create_app: Flask, blueprints, one error handler (problem+json)."""
 
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from http import HTTPStatus
 from typing import Any
 
-from flask import Flask, Response, json
+from flask import Flask, Response, g, json, request
 from flask.json.provider import DefaultJSONProvider
-from flask_smorest import Api
 from sqlalchemy.exc import InterfaceError, OperationalError
 from sqlalchemy.exc import TimeoutError as PoolTimeout
+from structlog.contextvars import bind_contextvars, clear_contextvars
+from uuid_utils.compat import uuid7
 from werkzeug.exceptions import HTTPException
+from werkzeug.http import HTTP_STATUS_CODES
 
-from order_service import api, probes
+from order_service import api, docs, probes, swagger_ui
 from order_service.auth import TokenVerifier
 from order_service.errors import Problem, TemporarilyUnavailable
 from order_service.models import ENGINE_OPTIONS, db
-from order_service.schemas import ProblemSchema
 from order_service.settings import Settings
 from order_service.telemetry import log
 
 MAX_BODY_BYTES = 64 * 1024
+REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,128}")
 
 
-class ProblemApi(Api):
+class ProblemApi(docs.DescribedApi):
     """flask-smorest, with application/problem+json for every error."""
-
-    ERROR_SCHEMA = ProblemSchema
 
     def handle_http_exception(self, error: HTTPException) -> Response:
         """Render what Flask, Werkzeug or webargs refused."""
@@ -45,16 +46,11 @@ class ProblemApi(Api):
 
 def create_app(settings: Settings) -> Flask:
     """Build the REST service; it opens no connection yet."""
-    app = Flask("order_service")
+    app = Flask("order_service", static_folder=None)
     app.config.update(
         SQLALCHEMY_DATABASE_URI=settings.database_url,
         SQLALCHEMY_ENGINE_OPTIONS=ENGINE_OPTIONS,
         MAX_CONTENT_LENGTH=MAX_BODY_BYTES,
-        API_TITLE="Order service",
-        API_VERSION="v1",
-        OPENAPI_VERSION="3.1.0",
-        OPENAPI_URL_PREFIX="/",
-        OPENAPI_JSON_PATH="openapi.json",
     )
     provider = DefaultJSONProvider(app)
     provider.ensure_ascii, provider.sort_keys = False, False
@@ -66,6 +62,7 @@ def create_app(settings: Settings) -> Flask:
     db.init_app(app)
     rest = ProblemApi(app)
     rest.register_blueprint(api.blueprint)
+    app.register_blueprint(swagger_ui.pages)
     app.register_blueprint(
         probes.probes(
             is_live=lambda: True,
@@ -74,10 +71,26 @@ def create_app(settings: Settings) -> Flask:
             not_on_port=settings.http_port,
         )
     )
+    app.before_request(_bind_request_id)
+    app.after_request(_finish)
     app.register_error_handler(Problem, _render)
     for failure in (OperationalError, InterfaceError, PoolTimeout):
         app.register_error_handler(failure, _unavailable)
     return app
+
+
+def _bind_request_id() -> None:
+    """Log under the client's X-Request-ID, or one of ours when there is none to be trusted."""
+    given = request.headers.get("X-Request-ID", "")
+    g.request_id = given if REQUEST_ID.fullmatch(given) else str(uuid7())
+    clear_contextvars()
+    bind_contextvars(request_id=g.request_id)
+
+
+def _finish(response: Response) -> Response:
+    response.headers["X-Request-ID"] = g.request_id
+    response.headers["X-Content-Type-Options"] = "nosniff"
+    return response
 
 
 def problem(
@@ -91,7 +104,7 @@ def problem(
     """Build an application/problem+json response (RFC 9457)."""
     body: dict[str, Any] = {
         "type": kind,
-        "title": status.phrase,
+        "title": HTTP_STATUS_CODES[status],
         "status": int(status),
         "detail": detail,
     }

@@ -1,8 +1,9 @@
 """Bearer token → user (RFC 6750, RFC 7519); keys from a JWKS (RFC 7517)."""
 
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import wraps
+from functools import lru_cache, wraps
 from pathlib import Path
 from typing import ParamSpec, TypeVar
 
@@ -14,6 +15,9 @@ from order_service.errors import NotAllowed, NotAuthenticated
 ALGORITHMS = ("RS256", "ES256")
 LEEWAY_SECONDS = 30
 JWKS_TIMEOUT_SECONDS = 5.0
+# A client sends one token many times: so many of them are known again by key and text.
+REMEMBERED_TOKENS = 4_096
+REMEMBERED_HEADERS = 64
 REALM = 'Bearer realm="order-service"'
 
 MAX_USER_ID_CHARACTERS = 255
@@ -38,15 +42,15 @@ class JwksFile:
         self._read_at_ns = -1
         self._keys: dict[str | None, jwt.PyJWK] = {}
 
-    def get_signing_key_from_jwt(self, token: str) -> jwt.PyJWK:
-        """Return the key a token names; raise PyJWKClientError when there is none."""
+    def get_signing_key(self, key_id: str) -> jwt.PyJWK:
+        """Return the key of this id; raise PyJWKClientError when there is none."""
         try:
             changed_at_ns = self._path.stat().st_mtime_ns
             if changed_at_ns != self._read_at_ns:
                 jwks = jwt.PyJWKSet.from_json(self._path.read_text(encoding="utf-8"))
                 self._keys = {key.key_id: key for key in jwks.keys}
                 self._read_at_ns = changed_at_ns
-            return self._keys[jwt.get_unverified_header(token).get("kid")]
+            return self._keys[key_id]
         except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
             raise jwt.PyJWKClientError("no such key") from error
 
@@ -62,26 +66,36 @@ class TokenVerifier:
             if "://" in jwks
             else JwksFile(Path(jwks))
         )
+        # A key that is read anew is another object: what the last one signed is checked again.
+        self._checked = lru_cache(REMEMBERED_TOKENS)(self._check)
 
     def verify(self, token: str) -> Principal:
         """Return whose token it is; raise NotAuthenticated when it proves nothing."""
         try:
-            claims = jwt.decode(
-                token,
-                self._keys.get_signing_key_from_jwt(token),
-                algorithms=ALGORITHMS,
-                issuer=self._issuer,
-                audience=self._audience,
-                leeway=LEEWAY_SECONDS,
-                options={"require": ["exp", "iss", "aud", "sub"]},
-            )
-            _check_subject(claims["sub"])
+            key = self._keys.get_signing_key(_key_id(token.partition(".")[0]))
+            principal, expires_at = self._checked(token, key)
+            if expires_at <= time.time() - LEEWAY_SECONDS:
+                raise jwt.ExpiredSignatureError("expired since it was checked")
         except jwt.PyJWTError as error:
             challenge = f'{REALM}, error="invalid_token"'
             raise NotAuthenticated(
                 "The bearer token is not valid.", headers={"WWW-Authenticate": challenge}
             ) from error
-        return Principal(claims["sub"], frozenset(str(claims.get("scope", "")).split()))
+        return principal
+
+    def _check(self, token: str, key: jwt.PyJWK) -> tuple[Principal, int]:
+        claims = jwt.decode(
+            token,
+            key,
+            algorithms=ALGORITHMS,
+            issuer=self._issuer,
+            audience=self._audience,
+            leeway=LEEWAY_SECONDS,
+            options={"require": ["exp", "iss", "aud", "sub"]},
+        )
+        _check_subject(claims["sub"])
+        scopes = frozenset(str(claims.get("scope", "")).split())
+        return Principal(claims["sub"], scopes), int(claims["exp"])
 
 
 def requires(scope: str) -> Callable[[Callable[P, R]], Callable[P, R]]:
@@ -102,6 +116,15 @@ def requires(scope: str) -> Callable[[Callable[P, R]], Callable[P, R]]:
         return guarded
 
     return decorate
+
+
+@lru_cache(REMEMBERED_HEADERS)
+def _key_id(header: str) -> str:
+    """Return the id of the key that a token's first part names."""
+    key_id = jwt.get_unverified_header(f"{header}.e30.").get("kid")
+    if not isinstance(key_id, str):
+        raise jwt.InvalidTokenError("no key is named")
+    return key_id
 
 
 def _check_subject(subject: str) -> None:

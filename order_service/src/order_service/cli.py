@@ -15,6 +15,7 @@ from order_service.app import create_app
 from order_service.kafka import Publisher, PublisherFailed, Reader, Topic
 from order_service.models import make_engine
 from order_service.operate.migrate import migrate
+from order_service.operate.openapi import openapi
 from order_service.operate.outbox import outbox
 from order_service.operate.products import products
 from order_service.operate.token import token
@@ -106,7 +107,7 @@ def _stop_on_signals() -> threading.Event:
     return stop
 
 
-for job in (migrate, outbox, products, token, topics):
+for job in (migrate, openapi, outbox, products, token, topics):
     commands.add_command(job)
 
 

@@ -8,15 +8,24 @@ from uuid import UUID
 
 from email_validator import EmailNotValidError, validate_email
 from flask_smorest.error_handler import ErrorSchema
-from marshmallow import Schema, ValidationError, fields, validate
+from marshmallow import EXCLUDE, Schema, ValidationError, fields, validate
 
 from order_service.events import instant
 
 MAX_ITEMS = 50
 MAX_QUANTITY = 999
 MAX_PAGE = 100
+LOCALES = ("ko", "en")
 SKU = validate.Regexp(r"[A-Za-z0-9._-]{1,64}\Z", error="Not a sku.")
 AMOUNT = validate.Regexp(r"[0-9]{1,15}(\.[0-9]{1,4})?\Z", error="Not a decimal string.")
+# The same for readers of the OpenAPI document, whose regular expressions know no \Z.
+SKU_PATTERN = "^[A-Za-z0-9._-]{1,64}$"
+AMOUNT_PATTERN = r"^[0-9]{1,15}(\.[0-9]{1,4})?$"
+TOTAL = {
+    "pattern": r"^[0-9]+(\.[0-9]+)?$",
+    "description": "A decimal string with the digits its currency has.",
+}
+CURRENCY = {"pattern": "^[A-Z]{3}$", "description": "ISO 4217"}
 
 
 class Email(fields.String):
@@ -49,10 +58,21 @@ class Instant(fields.String):
         return None if value is None else instant(value)
 
 
+class Answer(Schema):
+    """What a client hears: every member is there, and a later release may add some."""
+
+    class Meta:  # noqa: D106 - it opens the documented schema
+        unknown = EXCLUDE
+
+    def on_bind_field(self, _: str, field_obj: fields.Field[Any]) -> None:
+        """Document the member as one that is always there."""
+        field_obj.required = True
+
+
 class RequestedItemSchema(Schema):
     """How many of which product; prices are the shop's to name."""
 
-    sku = fields.String(required=True, validate=SKU)
+    sku = fields.String(required=True, validate=SKU, metadata={"pattern": SKU_PATTERN})
     quantity = fields.Integer(
         required=True, strict=True, validate=validate.Range(min=1, max=MAX_QUANTITY)
     )
@@ -61,14 +81,29 @@ class RequestedItemSchema(Schema):
 class OrderRequestSchema(Schema):
     """The body of POST /v1/orders."""
 
-    email = Email(required=True, validate=validate.Length(max=254))
-    locale = fields.String(load_default="ko", validate=validate.OneOf(("ko", "en")))
+    email = Email(
+        required=True,
+        validate=validate.Length(max=254),
+        metadata={"format": "email", "description": "Where the confirmation goes."},
+    )
+    locale = fields.String(
+        load_default="ko",
+        validate=validate.OneOf(LOCALES),
+        metadata={"description": "The language of names and of the confirmation."},
+    )
     items = fields.List(
         fields.Nested(RequestedItemSchema),
         required=True,
         validate=validate.Length(min=1, max=MAX_ITEMS),
     )
-    expected_amount = Money(data_key="expectedAmount", load_default=None)
+    expected_amount = Money(
+        data_key="expectedAmount",
+        load_default=None,
+        metadata={
+            "pattern": AMOUNT_PATTERN,
+            "description": "The total you expect; when it is another, nothing is ordered.",
+        },
+    )
 
 
 class Cursor(fields.String):
@@ -91,36 +126,46 @@ class Cursor(fields.String):
 class OrderListArgumentsSchema(Schema):
     """The query of GET /v1/orders."""
 
-    limit = fields.Integer(load_default=20, validate=validate.Range(min=1, max=MAX_PAGE))
-    cursor = Cursor(load_default=None)
+    limit = fields.Integer(
+        load_default=20,
+        validate=validate.Range(min=1, max=MAX_PAGE),
+        metadata={"description": "How many orders a page has at most."},
+    )
+    cursor = Cursor(metadata={"description": "The `nextCursor` of the page before."})
 
 
-class ItemSchema(Schema):
+class ItemSchema(Answer):
     """A line of an order, as it was when the order was placed."""
 
     sku = fields.String()
     name = fields.String()
     quantity = fields.Integer()
-    unit_price = Money(data_key="unitPrice")
+    unit_price = Money(data_key="unitPrice", metadata=TOTAL)
 
 
-class OrderSchema(Schema):
+class OrderSchema(Answer):
     """An order: what never changes of it."""
 
     id = fields.UUID()
     user_id = fields.String(data_key="userId")
-    email = fields.String()
-    locale = fields.String()
-    currency = fields.String()
-    amount = Money()
-    ordered_at = Instant(data_key="orderedAt")
+    email = fields.String(metadata={"format": "email"})
+    locale = fields.String(validate=validate.OneOf(LOCALES))
+    currency = fields.String(metadata=CURRENCY)
+    amount = Money(metadata=TOTAL)
+    ordered_at = Instant(data_key="orderedAt", metadata={"format": "date-time"})
     items = fields.List(fields.Nested(ItemSchema))
 
 
-class EventStateSchema(Schema):
+class EventStateSchema(Answer):
     """How far the order's event is on its way to the topic."""
 
-    state = fields.String(validate=validate.OneOf(("INIT", "PUBLISHED", "COMPLETED", "FAILED")))
+    state = fields.String(
+        validate=validate.OneOf(("INIT", "PUBLISHED", "COMPLETED", "FAILED")),
+        metadata={
+            "description": "INIT: it waits. PUBLISHED: the broker reported it delivered. "
+            "COMPLETED: it was read in the topic. FAILED: it cannot be published."
+        },
+    )
     partition = fields.Integer(allow_none=True)
     offset = fields.Integer(allow_none=True)
 
@@ -128,32 +173,43 @@ class EventStateSchema(Schema):
 class TrackedOrderSchema(OrderSchema):
     """An order and the state of its event."""
 
-    event = fields.Nested(EventStateSchema, allow_none=True)
+    event = fields.Nested(
+        EventStateSchema,
+        allow_none=True,
+        metadata={"description": "Null when the row was purged, long after it was COMPLETED."},
+    )
 
 
-class OrderListSchema(Schema):
+class OrderListSchema(Answer):
     """A page of my orders, newest first; `nextCursor` is null on the last one."""
 
     items = fields.List(fields.Nested(TrackedOrderSchema))
     next_cursor = fields.String(data_key="nextCursor", allow_none=True)
 
 
-class ProductSchema(Schema):
+class ProductSchema(Answer):
     """What can be ordered, and for how much."""
 
     sku = fields.String()
-    names = fields.Function(lambda product: {"ko": product.name_ko, "en": product.name_en})
-    unit_price = Money(data_key="unitPrice")
-    currency = fields.String()
+    names = fields.Function(
+        lambda product: {"ko": product.name_ko, "en": product.name_en},
+        metadata={
+            "type": "object",
+            "properties": {locale: {"type": "string"} for locale in LOCALES},
+            "required": list(LOCALES),
+        },
+    )
+    unit_price = Money(data_key="unitPrice", metadata=TOTAL)
+    currency = fields.String(metadata=CURRENCY)
 
 
-class ProductListSchema(Schema):
+class ProductListSchema(Answer):
     """The catalogue."""
 
     items = fields.List(fields.Nested(ProductSchema))
 
 
-class FieldErrorSchema(Schema):
+class FieldErrorSchema(Answer):
     """One fault of a body, by JSON Pointer (RFC 6901)."""
 
     pointer = fields.String()
@@ -165,9 +221,10 @@ class ProblemSchema(ErrorSchema):
 
     class Meta:  # noqa: D106 - flask-smorest's own members are left out
         fields = ("type", "title", "status", "detail", "errors")
+        unknown = EXCLUDE
 
-    type = fields.String()
-    title = fields.String()
-    status = fields.Integer()
-    detail = fields.String()
+    type = fields.String(required=True, metadata={"format": "uri-reference"})
+    title = fields.String(required=True)
+    status = fields.Integer(required=True)
+    detail = fields.String(required=True)
     errors = fields.List(fields.Nested(FieldErrorSchema))
