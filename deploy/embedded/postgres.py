@@ -90,6 +90,9 @@ def database_part(database: Database) -> Part:
     home, account = state.data(name), _account()
     settings = {
         "listen_addresses": HOST,
+        # What fails is logged without its values: they may be a customer's address.
+        "log_min_error_statement": "panic",
+        "log_error_verbosity": "terse",
         "port": str(database.port),
         "unix_socket_directories": "",
         "max_connections": "100",

@@ -19,7 +19,7 @@ from tests.support.world import eventually
 
 ORDERS = 60
 RECOVERY_SECONDS = 90
-KILLED = ("order-api", "order-relay", "order-db", "kafka", "mail-db", "mail")
+KILLED = ("order-proxy", "order-api", "order-relay", "order-db", "kafka", "mail-db", "mail")
 CONNECT = "import socket, sys; socket.create_connection((sys.argv[1], 5432), 3)"
 
 

@@ -58,5 +58,11 @@ def test_the_walk_through_works_as_pasted(run: tuple[Path, str]) -> None:
         check=False,
     )
     assert done.returncode == 0, done.stderr
-    for expected in ("201 CREATED", "TEA-GREEN-50", "COMPLETED", "SENT", "주문 번호"):
+    for expected in (
+        "201 CREATED",
+        "TEA-GREEN-50",
+        "COMPLETED",
+        "SENT",
+        "Thank you for your order",
+    ):
         assert expected in done.stdout

@@ -9,6 +9,7 @@ from uuid import UUID
 
 from sqlalchemy import Engine
 from sqlalchemy.exc import DBAPIError
+from sqlalchemy.exc import TimeoutError as PoolTimeout
 
 from mail_service import events, ledger
 from mail_service.confirmation import message_id
@@ -63,14 +64,18 @@ class Consumption:
             self.round_at = time.monotonic()
             try:
                 self._round()
-            except (DBAPIError, KafkaUnavailable, PositionMoved) as error:
+            except (DBAPIError, PoolTimeout, KafkaUnavailable, PositionMoved) as error:
                 log.warning("round.interrupted", error=type(error).__name__)
                 self._stop.wait(RETRY_SECONDS)
         self._senders.drain()
         self._member.leave()
 
     def _round(self) -> None:
-        self._member.place_waiting()
+        try:
+            self._member.place_waiting()
+        except KafkaUnavailable as error:
+            # What the ledger knows, and partitions that were placed, do not wait for it.
+            log.warning("partitions.not_placed", error=str(error))
         free = self._senders.wait_for_free(FREE_SLOT_SECONDS)
         if not free:
             # Paused only now: a pause throws away what was fetched ahead.
@@ -87,6 +92,7 @@ class Consumption:
             self._take_in(self._member.read(limit=free, timeout_seconds=READ_SECONDS))
 
     def _take_up(self, limit: int) -> int:
+        term = self._senders.term
         with self._engine.begin() as connection:
             ledger.release_stray(
                 connection, replica_id=self._replica_id, in_slots=self._senders.mail_ids()
@@ -101,7 +107,7 @@ class Consumption:
             leases_ended.inc(ended)
             log.warning("leases.ended", count=ended)
         mails_taken_up.inc(len(mails))
-        self._senders.hand_out(mails)
+        self._senders.hand_out(mails, term=term)
         return len(mails)
 
     def _take_in(self, records: Sequence[Record]) -> None:
@@ -109,6 +115,7 @@ class Consumption:
             return
         mails, dead_letters = self._sort(records)
         moves = self._moves(records)
+        term = self._senders.term
         try:
             with self._engine.begin() as connection:
                 claimed = ledger.take_in(
@@ -118,7 +125,7 @@ class Consumption:
                     dead_letters=dead_letters,
                     moves=moves,
                 )
-        except (PositionMoved, DBAPIError):
+        except (PositionMoved, DBAPIError, PoolTimeout):
             # Read them again, from where the ledger is. Whether the claims were committed is not
             # known either: what is ours and in no slot is released with the next take-up.
             self._member.place_anew({move.partition for move in moves})
@@ -128,7 +135,7 @@ class Consumption:
             self._starts[move.partition] = (move.topic_id, start)
         self._member.commit({move.partition: move.next_offset for move in moves})
         self._count(records, mails, dead_letters, claimed)
-        self._senders.hand_out(claimed)
+        self._senders.hand_out(claimed, term=term)
 
     def _sort(self, records: Sequence[Record]) -> tuple[list[NewMail], list[NewDeadLetter]]:
         mails, dead_letters = [], []

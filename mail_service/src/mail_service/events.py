@@ -19,8 +19,8 @@ from mail_service.kafka import Record
 
 TYPE = "order.created.v1"
 TYPE_OF_ANY_VERSION = re.compile(r"order\.created\.v\d+")
-# Time can be added to what is before it; Python's ends with 9999.
-LAST_YEAR = 9000
+# Time can be added to what is before the last year; Python's ends with 9999.
+FIRST_YEAR, LAST_YEAR = 1970, 9000
 ORDER_ID = validate.Regexp(r"(?=.{1,64}\Z)[A-Za-z0-9_-]+(\.[A-Za-z0-9_-]+)*\Z")
 AMOUNT = validate.Regexp(r"[0-9]{1,15}(\.[0-9]{1,4})?\Z")
 # One plain addr-spec: nothing that a header or an SMTP command could take for more than one.
@@ -142,10 +142,11 @@ def occurred_at(record: Record) -> datetime:
     """Return when the event happened: `ce_time`, else the record's own timestamp."""
     try:
         at = datetime.fromisoformat(_attributes(record).get("ce_time", ""))
-    except ValueError:
+        # Without a zone it says nothing; far offsets and years PostgreSQL or Python cannot carry.
+        moment = at.astimezone(UTC) if at.tzinfo else record.at
+    except (ValueError, OverflowError):
         return record.at
-    is_plausible = at.tzinfo is not None and at.year < LAST_YEAR
-    return at if is_plausible else record.at
+    return moment if FIRST_YEAR <= moment.year < LAST_YEAR else record.at
 
 
 def _attributes(record: Record) -> Mapping[str, str]:

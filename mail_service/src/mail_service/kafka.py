@@ -188,7 +188,10 @@ class Member:
             log.warning("kafka.read_failed", error=error.str())
 
     def _describe(self, partitions: Iterable[int]) -> list[Log]:
-        """Ask the cluster for the topic's id and where each partition's log starts."""
+        """Ask the cluster for the topic's id and where each partition's log starts.
+
+        A partition without a leader is left out: it must not keep the others waiting.
+        """
         asked = {
             TopicPartition(TOPIC, partition): OffsetSpec.earliest() for partition in partitions
         }
@@ -200,17 +203,17 @@ class Member:
             starts = self._admin.list_offsets(asked, request_timeout=REQUEST_TIMEOUT_SECONDS)
             cluster_id = str(cluster.result(REQUEST_TIMEOUT_SECONDS).cluster_id)
             self._topic_id = str(topics[TOPIC].result(REQUEST_TIMEOUT_SECONDS).topic_id)
-            return [
-                Log(
-                    cluster_id,
-                    self._topic_id,
-                    where.partition,
-                    start.result(REQUEST_TIMEOUT_SECONDS).offset,
-                )
-                for where, start in starts.items()
-            ]
         except (KafkaException, TimeoutError) as error:
             raise KafkaUnavailable(str(error)) from error
+        found = []
+        for where, start in starts.items():
+            try:
+                offset = start.result(REQUEST_TIMEOUT_SECONDS).offset
+            except (KafkaException, TimeoutError) as error:
+                log.warning("partition.not_placed", partition=where.partition, error=str(error))
+            else:
+                found.append(Log(cluster_id, self._topic_id, where.partition, offset))
+        return found
 
 
 def _bytes(value: str | bytes | None) -> bytes | None:
@@ -218,5 +221,9 @@ def _bytes(value: str | bytes | None) -> bytes | None:
 
 
 def _headers(message: Message) -> Sequence[tuple[str, bytes]]:
-    headers: Any = message.headers() or ()
+    try:
+        headers: Any = message.headers() or ()
+    except (SystemError, UnicodeDecodeError):
+        # A name that is not UTF-8: the client cannot show the headers. They are as good as none.
+        return []
     return [(name, _bytes(value) or b"") for name, value in headers]

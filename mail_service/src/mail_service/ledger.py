@@ -22,10 +22,14 @@ FROM_EVENTS = ""
 
 _TAKE_IN = text("""
     INSERT INTO deliveries
-           (kind, order_id, campaign, state, message_id, event, event_at, topic_id, partition,
-            "offset", give_up_at, owner, attempts)
-    SELECT :kind, order_id, :campaign, 'SENDING', message_id, event, event_at, topic_id, partition,
-           "offset", give_up_at, :replica_id, 1
+           (kind, order_id, campaign, message_id, event, event_at, topic_id, partition,
+            "offset", give_up_at, state, owner, attempts, reason)
+    SELECT :kind, order_id, :campaign, message_id, event, event_at, topic_id, partition,
+           "offset", give_up_at,
+           CASE WHEN give_up_at > now() THEN 'SENDING' ELSE 'DEAD' END,
+           CASE WHEN give_up_at > now() THEN CAST(:replica_id AS uuid) END,
+           CASE WHEN give_up_at > now() THEN 1 ELSE 0 END,
+           CASE WHEN give_up_at > now() THEN NULL ELSE 'expired' END
       FROM unnest(CAST(:order_ids AS text[]), CAST(:message_ids AS text[]),
                   CAST(:events AS bytea[]), CAST(:event_ats AS timestamptz[]),
                   CAST(:topic_ids AS text[]), CAST(:partitions AS integer[]),
@@ -79,9 +83,12 @@ _CLAIM_DUE = text("""
     RETURNING id, order_id, message_id, event, event_at, give_up_at, attempts, unknown_count
 """)
 
-_DUE_TO_DEAD = text("""
-    UPDATE deliveries SET state = 'DEAD', due_at = NULL, reason = 'expired'
-     WHERE state = 'RETRY' AND due_at <= now() AND give_up_at <= now()
+# What may have been sent stays UNKNOWN, for a person to settle.
+_DUE_TO_EXPIRED = text("""
+    UPDATE deliveries
+       SET state = CASE state WHEN 'RETRY' THEN 'DEAD' ELSE state END,
+           due_at = NULL, reason = 'expired'
+     WHERE state IN ('RETRY', 'UNKNOWN') AND due_at <= now() AND give_up_at <= now()
 """)
 
 # Whoever owns no lease may have died between the dot and the 250: nobody knows, so it is said.
@@ -118,7 +125,7 @@ _SENDING_TO_OPEN = text("""
        SET state = :state, owner = NULL, reason = :reason,
            due_at = now() + :due_seconds * interval '1 second',
            unknown_count = unknown_count + CASE WHEN :state = 'UNKNOWN' THEN 1 ELSE 0 END
-     WHERE id = :id AND state = 'SENDING' AND owner = :replica_id
+     WHERE id = :id AND state = 'SENDING' AND owner = :replica_id AND attempts = :attempts
 """)
 
 _RENEW_LEASE = text("""
@@ -218,8 +225,9 @@ def take_in(
 ) -> list[Mail]:
     """Write what a batch of records becomes, and how far was read; return the claimed mails.
 
-    An order already known is not claimed again. Raises PositionMoved when a partition is no longer
-    where the batch began: the caller's transaction must then be rolled back.
+    An order already known is not claimed again, one too old to be mailed is DEAD at once. Raises
+    PositionMoved when a partition is no longer where the batch began: the caller's transaction must
+    then be rolled back.
     """
     moved = connection.execute(_MOVE_POSITIONS, _columns(moves, Move)).rowcount
     if moved != len(moves):
@@ -243,12 +251,12 @@ def take_in(
             "replica_id": replica_id,
         },
     )
-    return [_mail(row) for row in claimed]
+    return [mail for row in claimed if (mail := _mail(row)).attempts]
 
 
 def take_up(connection: Connection, *, replica_id: UUID, limit: int) -> list[Mail]:
-    """Claim the mails that are due, oldest first; those too old to be sent become DEAD."""
-    connection.execute(_DUE_TO_DEAD)
+    """Claim the mails that are due, oldest first; those too old to be sent expire."""
+    connection.execute(_DUE_TO_EXPIRED)
     return [
         _mail(row)
         for row in connection.execute(_CLAIM_DUE, {"replica_id": replica_id, "limit": limit})
@@ -278,7 +286,7 @@ def record_sent(connection: Connection, replies: Mapping[int, str], *, sent_by: 
 def record_open(
     connection: Connection,
     *,
-    mail_id: int,
+    mail: Mail,
     replica_id: UUID,
     state: str,
     reason: str,
@@ -288,7 +296,8 @@ def record_open(
     connection.execute(
         _SENDING_TO_OPEN,
         {
-            "id": mail_id,
+            "id": mail.id,
+            "attempts": mail.attempts,
             "replica_id": replica_id,
             "state": state,
             "reason": reason,

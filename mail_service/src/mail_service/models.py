@@ -28,9 +28,16 @@ LOCK_TIMEOUT_MS = 5_000
 IDLE_IN_TRANSACTION_TIMEOUT_MS = 10_000
 
 ENGINE_OPTIONS: dict[str, Any] = {
+    # An error's text must not hold a customer's address.
+    "hide_parameters": True,
     "pool_pre_ping": True,
     "connect_args": {
         "connect_timeout": 5,
+        # A database whose host vanished in silence is given up on within seconds.
+        "keepalives_idle": 5,
+        "keepalives_interval": 2,
+        "keepalives_count": 3,
+        "tcp_user_timeout": 10_000,
         "options": f"-c statement_timeout={STATEMENT_TIMEOUT_MS} -c lock_timeout={LOCK_TIMEOUT_MS}"
         f" -c idle_in_transaction_session_timeout={IDLE_IN_TRANSACTION_TIMEOUT_MS}",
     },

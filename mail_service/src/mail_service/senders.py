@@ -12,6 +12,7 @@ from uuid import UUID
 
 from sqlalchemy import Connection, Engine
 from sqlalchemy.exc import DBAPIError
+from sqlalchemy.exc import TimeoutError as PoolTimeout
 
 from mail_service import events, ledger
 from mail_service.confirmation import CannotRender, Confirmation
@@ -25,6 +26,8 @@ from mail_service.telemetry import log, slots_busy, verdicts
 RENEWALS_A_LEASE = 3
 RETRY_SECONDS = 0.5
 DRAIN_SECONDS = 30.0
+# Of which this is kept for writing what became of the last mails.
+RECORDING_SECONDS = 5.0
 
 
 class Lease:
@@ -58,7 +61,7 @@ class Lease:
 
         One that came too late begins a new term: rows of the old one may be another's by now.
         """
-        if at - self._renewed_at >= self.seconds:
+        if self.now() - self._renewed_at >= self.seconds:
             self.term += 1
         self._renewed_at = at
 
@@ -105,10 +108,10 @@ class Recorder:
         """Have an outcome written."""
         self._outcomes.put(outcome)
 
-    def stop(self) -> None:
+    def stop(self, timeout_seconds: float) -> None:
         """Write what is left, end the lease and return, after a while in any case."""
         self._stop.set()
-        self._thread.join(DRAIN_SECONDS)
+        self._thread.join(timeout_seconds)
 
     def _run(self) -> None:
         waiting: list[Outcome] = []
@@ -119,7 +122,7 @@ class Recorder:
             try:
                 self._write(waiting)
                 waiting = []
-            except DBAPIError as error:
+            except (DBAPIError, PoolTimeout) as error:
                 log.warning("outcomes.not_recorded", count=len(waiting), error=type(error).__name__)
                 time.sleep(RETRY_SECONDS)
         try:
@@ -164,7 +167,7 @@ class Recorder:
         state, due_seconds = _as_row(verdict)
         ledger.record_open(
             connection,
-            mail_id=mail.id,
+            mail=mail,
             replica_id=self._lease.replica_id,
             state=state,
             reason=verdict.reason,
@@ -211,29 +214,35 @@ class Senders:
             self._changed.wait_for(lambda: self._free() > 0, timeout_seconds)
             return self._free()
 
+    @property
+    def term(self) -> int:
+        """The lease's term: read before a claim, it says later whether the claim still stands."""
+        return self._lease.term
+
     def mail_ids(self) -> list[int]:
         """Return the rows that are in a slot, or whose outcome is not yet written."""
         with self._changed:
             return list(self._in_slots)
 
-    def hand_out(self, mails: Sequence[Mail]) -> None:
-        """Give claimed mails to slots; there must be as many free."""
+    def hand_out(self, mails: Sequence[Mail], *, term: int) -> None:
+        """Give mails to slots, claimed in this term of the lease; there must be as many free."""
         with self._changed:
             self._in_slots |= {mail.id for mail in mails}
             slots_busy.set(len(self._in_slots))
         for mail in mails:
-            self._mails.put((mail, self._lease.term))
+            self._mails.put((mail, term))
 
     def drain(self) -> None:
         """Await the answers of what is under way, record them, end the lease.
 
         What does not end within the drain time stays claimed and becomes UNKNOWN.
         """
+        deadline = time.monotonic() + DRAIN_SECONDS
         with self._changed:
-            self._changed.wait_for(lambda: not self._in_slots, DRAIN_SECONDS)
+            self._changed.wait_for(lambda: not self._in_slots, DRAIN_SECONDS - RECORDING_SECONDS)
         for _ in self._threads:
             self._mails.put(None)
-        self._recorder.stop()
+        self._recorder.stop(deadline - time.monotonic())
 
     def _release(self, outcomes: Sequence[Outcome]) -> None:
         with self._changed:

@@ -13,6 +13,8 @@ CONNECT_TIMEOUT_SECONDS = 30.0
 REPLY_TIMEOUT_SECONDS = 60.0
 MAX_REPLY_CHARACTERS = 300
 CLOSING = 421
+# As smtplib has it.
+NO_CODE = -1
 LEADING_DOT = re.compile(rb"(?m)^\.")
 
 
@@ -89,10 +91,12 @@ class SmtpConnection:
             return _answer(stage, self._finish(smtp))
         except smtplib.SMTPResponseException as error:
             self._drop()
-            return _answer(stage, (error.smtp_code, _bytes(error.smtp_error)))
+            # After the dot this is smtplib's own word for a reply it cannot read: nobody knows.
+            code = error.smtp_code if stage is not Stage.FINAL_DOT else NO_CODE
+            return _answer(stage, (code, _bytes(error.smtp_error)))
         except (OSError, ValueError, smtplib.SMTPException) as error:
             self._drop()
-            return Answer(stage, None, f"{type(error).__name__} {error}"[:MAX_REPLY_CHARACTERS])
+            return _answer(stage, (NO_CODE, f"{type(error).__name__} {error}".encode()))
 
     def _connected(self) -> smtplib.SMTP:
         if self._smtp is not None:
@@ -135,6 +139,9 @@ class SmtpConnection:
         smtp.send(b".\r\n")
         reply = smtp.getreply()
         connection.settimeout(REPLY_TIMEOUT_SECONDS)
+        if reply[0] == NO_CODE:
+            # Whatever comes next on it would be taken for the next mail's reply.
+            self._drop()
         return reply
 
     def _socket(self, smtp: smtplib.SMTP) -> socket.socket:
@@ -162,7 +169,6 @@ def _answer(stage: Stage, reply: tuple[int, bytes]) -> Answer:
     words = " ".join(raw.decode("utf-8", errors="replace").split())
     # It goes into the ledger, which takes no NUL, and onto terminals.
     text = "".join(letter if letter.isprintable() else "?" for letter in words)
-    # smtplib answers -1 for a reply that has no code.
     return Answer(stage, code if code > 0 else None, text[:MAX_REPLY_CHARACTERS])
 
 

@@ -175,6 +175,8 @@ def test_an_unreadable_record_is_a_dead_letter_and_its_neighbours_are_mailed(
 HOSTILE = {
     "the end of time": {"headers": {"ce_time": "9999-12-31T23:59:59Z"}},
     "the beginning of time": {"headers": {"ce_time": "0001-01-01T00:00:00Z"}},
+    "an offset no zone has": {"headers": {"ce_time": "2026-01-01T00:00:00+23:59"}},
+    "a time before the first year": {"headers": {"ce_time": "0001-01-01T00:00:00+14:00"}},
     "a time stamp after the end of time": {"timestamp": 253_402_300_800_000},
     "headers of a thousand": {"headers": [("ce_type", b"order.created.v1")] * 1000},
     "a header without a value": {"headers": [("ce_time", None)]},

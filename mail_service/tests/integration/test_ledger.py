@@ -112,7 +112,7 @@ def record_open(engine: Engine, mail: Mail, replica_id: UUID, **changes: Any) ->
     """Record that a mail was not sent."""
     values = {"state": "RETRY", "reason": "RCPT: 451 later", "due_seconds": 0.0, **changes}
     with engine.begin() as connection:
-        ledger.record_open(connection, mail_id=mail.id, replica_id=replica_id, **values)
+        ledger.record_open(connection, mail=mail, replica_id=replica_id, **values)
 
 
 def record_sent(engine: Engine, *mails: Mail) -> None:
@@ -655,3 +655,30 @@ def test_a_sent_mail_cannot_become_open(engine: Engine, ledger_rows: Ledger, rep
     record_open(engine, mail, replica)
 
     assert ledger_rows.states() == {"SENT": 1}
+
+
+def test_a_mail_that_is_too_old_when_taken_in_is_dead(
+    engine: Engine, replica: UUID, ledger_rows: Ledger, opened: None
+) -> None:
+    """No attempt is begun after its time: the row says why, and nobody owns it."""
+    claimed = take_in(engine, replica, [new_mail("order-1", give_up_in=-HOUR)])
+
+    assert claimed == []
+    row = ledger_rows.mail("order-1")
+    assert (row["state"], row["reason"], row["owner"], row["attempts"]) == (
+        "DEAD",
+        "expired",
+        None,
+        0,
+    )
+
+
+def test_an_unknown_mail_that_is_too_old_waits_for_a_person(
+    engine: Engine, replica: UUID, ledger_rows: Ledger
+) -> None:
+    """It may have been sent: it stays UNKNOWN, due no more."""
+    put(ledger_rows, "order-1", "UNKNOWN", due_in=-1, give_up_in=-1)
+
+    assert take_up(engine, replica) == []
+    row = ledger_rows.mail("order-1")
+    assert (row["state"], row["reason"], row["due_at"]) == ("UNKNOWN", "expired", None)

@@ -71,7 +71,7 @@ def test_a_slot_is_free_again_when_its_outcome_is_written(
     """Not before: what is ours and in no slot is released as stray."""
     sink.script(Rule("dot", "delay:0.3"))
 
-    senders.hand_out(take_in("order-1"))
+    senders.hand_out(take_in("order-1"), term=senders.term)
 
     assert senders.mail_ids() == [ledger_rows.mail("order-1")["id"]]
     assert senders.wait_for_free(0) == 1
@@ -84,7 +84,7 @@ def test_a_long_wait_for_the_250_keeps_the_lease(
 ) -> None:
     """The lease is renewed while slots wait: nobody takes over a live, merely slow send."""
     sink.script(Rule("dot", f"delay:{LEASE_SECONDS * 3}"))
-    senders.hand_out(take_in("order-1"))
+    senders.hand_out(take_in("order-1"), term=senders.term)
 
     give_up_at = time.monotonic() + LEASE_SECONDS * 2.5
     while time.monotonic() < give_up_at:
@@ -100,7 +100,7 @@ def test_a_lease_that_ended_and_was_taken_anew_finishes_no_older_mail(
 ) -> None:
     """While the ledger stalled the row became another's: the dot must not follow."""
     sink.script(Rule("data", f"delay:{LEASE_SECONDS * 3}", times=1))
-    senders.hand_out(take_in("order-1"))
+    senders.hand_out(take_in("order-1"), term=senders.term)
     with engine.begin() as stalled:
         stalled.execute(text("LOCK TABLE replicas IN EXCLUSIVE MODE"))
         time.sleep(LEASE_SECONDS * 1.7)
@@ -120,7 +120,7 @@ def test_a_250_is_not_forgotten_while_the_ledger_is_away(
     mails = take_in("order-1")
     with engine.begin() as stalled:
         stalled.execute(text("LOCK TABLE deliveries IN EXCLUSIVE MODE"))
-        senders.hand_out(mails)
+        senders.hand_out(mails, term=senders.term)
         wait_for(sink.accepted, len)
         stalled.execute(
             text(
@@ -143,6 +143,6 @@ def test_an_event_that_cannot_be_read_any_more_is_dead(
         for mail in mails
     ]
 
-    senders.hand_out(broken)
+    senders.hand_out(broken, term=senders.term)
 
     wait_for(ledger_rows.states, lambda states: states == {"DEAD": 1}, seconds=5)

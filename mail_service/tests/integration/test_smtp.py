@@ -285,3 +285,14 @@ def test_a_farewell_that_is_answered_badly_is_no_error(sink: Sink) -> None:
     connection.close()
 
     assert sent.code == 250
+
+
+def test_a_reply_too_long_to_be_read_leaves_it_unknown(sink: Sink, deliver: Deliver) -> None:
+    """After the dot only the relay can refuse: smtplib's own complaint is no refusal."""
+    sink.script(Rule("dot", f"250 {'x' * 9000}", times=1))
+
+    answer = deliver()
+
+    assert (answer.stage, answer.code) == (Stage.FINAL_DOT, None)
+    assert len(sink.accepted()) == 1
+    assert deliver().code == 250

@@ -349,13 +349,13 @@ class Reader:
 
     def commit(self, next_offsets: Mapping[int, int]) -> None:
         """Show the lag of `order-outbox`; our own positions are what counts."""
-        self._consumer.commit(
-            offsets=[
-                TopicPartition(TOPIC, partition, offset)
-                for partition, offset in next_offsets.items()
-            ],
-            asynchronous=True,
-        )
+        offsets = [
+            TopicPartition(TOPIC, partition, offset) for partition, offset in next_offsets.items()
+        ]
+        try:
+            self._consumer.commit(offsets=offsets, asynchronous=True)
+        except KafkaException as error:
+            log.warning("offsets.not_committed", error=str(error))
 
     def close(self) -> None:
         """Leave the cluster."""
@@ -385,7 +385,11 @@ def _partition(message: Message) -> int:
 
 def _event_id(message: Message) -> UUID | None:
     """Return the record's `ce_id`, or None for a record that cannot be ours."""
-    headers: Any = message.headers() or ()
+    try:
+        headers: Any = message.headers() or ()
+    except (SystemError, UnicodeDecodeError):
+        # A name that is not UTF-8 is none of ours, and the client cannot show it.
+        return None
     for name, value in headers:
         if name == "ce_id":
             try:

@@ -7,6 +7,7 @@ from contextlib import contextmanager
 
 from sqlalchemy import Engine
 from sqlalchemy.exc import DBAPIError
+from sqlalchemy.exc import TimeoutError as PoolTimeout
 
 from order_service import outbox
 from order_service.kafka import KafkaUnavailable, Reader, Seen, Topic, TopicState
@@ -45,7 +46,7 @@ class ReadBack:
         while not stop.is_set():
             try:
                 self._read_topic(self._topic.describe(), stop)
-            except (KafkaUnavailable, DBAPIError) as error:
+            except (KafkaUnavailable, DBAPIError, PoolTimeout) as error:
                 log.warning("readback.interrupted", error=type(error).__name__)
                 stop.wait(RETRY_SECONDS)
 

@@ -15,6 +15,7 @@ from typing import Any
 import psycopg2
 from sqlalchemy import Connection, Engine, text
 from sqlalchemy.exc import DBAPIError
+from sqlalchemy.exc import TimeoutError as PoolTimeout
 
 from order_service import idempotency, outbox
 from order_service.kafka import Delivery, KafkaUnavailable, Publisher, Topic
@@ -65,8 +66,8 @@ class Relay:
                 with self._session() as connection:
                     if self._stand_by(connection):
                         self._be_active(connection)
-            except DBAPIError as error:
-                log.warning("relay.disconnected", error=type(error.orig).__name__)
+            except (DBAPIError, PoolTimeout) as error:
+                log.warning("relay.disconnected", error=type(error).__name__)
                 self._stop.wait(RETRY_SECONDS)
 
     @contextmanager

