@@ -7,7 +7,7 @@ STACK := $(TOOLS)/bin/python -m deploy.embedded
 SERVICES := order mail
 
 .DEFAULT_GOAL := help
-.PHONY: help run demo unit test check up down logs env env-dev lock clean
+.PHONY: help run demo unit test check fuzz bench up down logs env env-dev lock clean
 
 help: ## List the targets
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 12
@@ -29,8 +29,16 @@ check: env-dev ## Lint, types, import direction, migrations against the models
 	$(TOOLS)/bin/ruff format --check .
 	$(foreach s,$(SERVICES),$(TOOLS)/bin/mypy --python-executable .venv/$(s)/bin/python $(s)_service/src &&) true
 	$(TOOLS)/bin/mypy -p deploy.embedded
+	$(TOOLS)/bin/mypy -m benchmarks.post
+	$(TOOLS)/bin/mypy --python-executable .venv/order/bin/python -m benchmarks.bare -m benchmarks.tokens
 	$(foreach s,$(SERVICES),(cd $(s)_service && PYTHONPATH=src ../$(TOOLS)/bin/lint-imports --no-cache) &&) true
 	$(STACK) with --fresh order-db,mail-db -- sh deploy/check-migrations.sh
+
+fuzz: env-dev ## Try the API with 10,000 generated requests
+	@FUZZ_CASES=10000 $(TOOLS)/bin/python -m pytest tests/api/test_schemathesis.py -q
+
+bench: env ## Measure POST /v1/orders beside its limits
+	@$(TOOLS)/bin/python -m benchmarks.post
 
 up: ## Start the pair in containers; needs Docker with Compose v2
 	@sh deploy/make-secrets.sh

@@ -43,6 +43,7 @@ ALL = (
     Suite("stack", "tools", "tests/embedded"),
     Suite("order integration", "order", "order_service/tests/integration", "kafka,order-db"),
     Suite("mail integration", "mail", "mail_service/tests/integration", "kafka,mail-db"),
+    Suite("order API", "tools", "tests/api"),
     Suite("end to end", "tools", "tests/end_to_end"),
     Suite("browser", "tools", "tests/browser"),
     Suite("compose", "tools", "tests/compose"),

@@ -7,21 +7,20 @@ from typing import Any
 
 from flask import Flask, Response, g, json, request
 from flask.json.provider import DefaultJSONProvider
-from sqlalchemy.exc import InterfaceError, OperationalError
+from sqlalchemy.exc import DBAPIError, InterfaceError, OperationalError
 from sqlalchemy.exc import TimeoutError as PoolTimeout
 from structlog.contextvars import bind_contextvars, clear_contextvars
 from uuid_utils.compat import uuid7
 from werkzeug.exceptions import HTTPException
 from werkzeug.http import HTTP_STATUS_CODES
 
-from order_service import api, docs, probes, swagger_ui
+from order_service import api, bodies, docs, probes, swagger_ui
 from order_service.auth import TokenVerifier
 from order_service.errors import Problem, TemporarilyUnavailable
 from order_service.models import ENGINE_OPTIONS, db
 from order_service.settings import Settings
 from order_service.telemetry import log
 
-MAX_BODY_BYTES = 64 * 1024
 REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,128}")
 
 
@@ -50,7 +49,8 @@ def create_app(settings: Settings) -> Flask:
     app.config.update(
         SQLALCHEMY_DATABASE_URI=settings.database_url,
         SQLALCHEMY_ENGINE_OPTIONS=ENGINE_OPTIONS,
-        MAX_CONTENT_LENGTH=MAX_BODY_BYTES,
+        # One more than is taken: what has this length is longer.
+        MAX_CONTENT_LENGTH=bodies.MAX_BODY_BYTES + 1,
     )
     provider = DefaultJSONProvider(app)
     provider.ensure_ascii, provider.sort_keys = False, False
@@ -73,7 +73,10 @@ def create_app(settings: Settings) -> Flask:
     )
     app.before_request(_bind_request_id)
     app.after_request(_finish)
+    # An address with `//` in it is not ours: no redirect built from what the client calls us.
+    app.url_map.merge_slashes = False
     app.register_error_handler(Problem, _render)
+    app.register_error_handler(DBAPIError, _failed)
     for failure in (OperationalError, InterfaceError, PoolTimeout):
         app.register_error_handler(failure, _unavailable)
     return app
@@ -129,8 +132,23 @@ def _render(error: Problem) -> Response:
     )
 
 
+def _failed(error: DBAPIError) -> Response:
+    _log_failure(error)
+    return problem(HTTPStatus.INTERNAL_SERVER_ERROR, "about:blank", "It is our fault, and logged.")
+
+
+def _log_failure(error: Exception) -> None:
+    """Log what kind of failure it was: the database's own words may hold a customer's address."""
+    original = getattr(error, "orig", None)
+    log.error(
+        "database.failed",
+        error=type(original or error).__name__,
+        sqlstate=getattr(original, "pgcode", None),
+    )
+
+
 def _unavailable(error: Exception) -> Response:
-    log.exception("database.failed", error=type(error).__name__)
+    _log_failure(error)
     return _render(
         TemporarilyUnavailable(
             "The database did not answer in time. With the same Idempotency-Key it is safe to "

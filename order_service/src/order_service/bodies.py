@@ -6,12 +6,15 @@ from decimal import Decimal
 from typing import Any, NoReturn
 
 from flask import Request
+from gunicorn.http.errors import ParseException
 from webargs.flaskparser import FlaskParser
-from werkzeug.exceptions import BadRequest, UnsupportedMediaType
+from werkzeug.exceptions import BadRequest, RequestEntityTooLarge, UnsupportedMediaType
 
 MEDIA_TYPE = "application/json"
+MAX_BODY_BYTES = 64 * 1024
 MAX_DEPTH = 32
-STRING = re.compile(rb'"(?:[^"\\]|\\.)*"', re.DOTALL)
+# Possessive, so that no body makes it try again and again; the last string may lack its end.
+STRING = re.compile(rb'"(?:[^"\\]++|\\.)*+"?', re.DOTALL)
 
 
 class NotJson(ValueError):
@@ -27,9 +30,23 @@ class StrictParser(FlaskParser):
         if req.mimetype != MEDIA_TYPE or charset != "utf-8" or req.content_encoding:
             raise UnsupportedMediaType("Send application/json in UTF-8, uncompressed.")
         try:
-            return loads(req.get_data())
+            return loads(_read(req))
         except NotJson as error:
             raise BadRequest(str(error)) from error
+
+
+def _read(req: Request) -> bytes:
+    """Return the whole body; 413 when it is too long, 400 when it is cut or badly framed."""
+    try:
+        content = req.get_data()
+    except ParseException as error:
+        raise BadRequest("The body's chunks are not well-formed.") from error
+    # A chunked body has no length to be refused by: the server cuts it one byte past the limit.
+    if len(content) > MAX_BODY_BYTES:
+        raise RequestEntityTooLarge
+    if req.content_length is not None and len(content) != req.content_length:
+        raise BadRequest("The body ends early.")
+    return content
 
 
 def loads(content: bytes) -> Any:
@@ -43,7 +60,7 @@ def loads(content: bytes) -> Any:
         return json.loads(
             content.decode("utf-8"),
             parse_constant=_refuse_constant,
-            parse_float=Decimal,
+            parse_float=_decimal,
             object_pairs_hook=_object,
         )
     except NotJson:
@@ -71,6 +88,13 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     if len(members) != len(pairs):
         raise NotJson("A name comes twice in one object.")
     return members
+
+
+def _decimal(digits: str) -> Decimal:
+    try:
+        return Decimal(digits)
+    except ArithmeticError as error:
+        raise NotJson("A number is beyond measure.") from error
 
 
 def _refuse_constant(_: str) -> NoReturn:

@@ -35,12 +35,19 @@ POOL_SIZE = 8
 POOL_TIMEOUT_SECONDS = 2.0
 
 ENGINE_OPTIONS: dict[str, Any] = {
+    # An error's text must not hold a customer's address.
+    "hide_parameters": True,
     "pool_pre_ping": True,
     "pool_size": POOL_SIZE,
     "max_overflow": 0,
     "pool_timeout": POOL_TIMEOUT_SECONDS,
     "connect_args": {
         "connect_timeout": 5,
+        # A database whose host vanished in silence is given up on within seconds.
+        "keepalives_idle": 5,
+        "keepalives_interval": 2,
+        "keepalives_count": 3,
+        "tcp_user_timeout": 10_000,
         "options": f"-c statement_timeout={STATEMENT_TIMEOUT_MS} -c lock_timeout={LOCK_TIMEOUT_MS}"
         f" -c idle_in_transaction_session_timeout={IDLE_IN_TRANSACTION_TIMEOUT_MS}",
     },

@@ -69,6 +69,15 @@ class Answer(Schema):
         field_obj.required = True
 
 
+class ShortList(fields.List[Any]):
+    """A list whose length is looked at before its members are."""
+
+    def _deserialize(self, value: Any, *args: Any, **kwargs: Any) -> list[Any]:
+        if isinstance(value, list) and not 1 <= len(value) <= MAX_ITEMS:
+            raise ValidationError(f"Length must be between 1 and {MAX_ITEMS}.")
+        return super()._deserialize(value, *args, **kwargs)
+
+
 class RequestedItemSchema(Schema):
     """How many of which product; prices are the shop's to name."""
 
@@ -91,7 +100,7 @@ class OrderRequestSchema(Schema):
         validate=validate.OneOf(LOCALES),
         metadata={"description": "The language of names and of the confirmation."},
     )
-    items = fields.List(
+    items = ShortList(
         fields.Nested(RequestedItemSchema),
         required=True,
         validate=validate.Length(min=1, max=MAX_ITEMS),

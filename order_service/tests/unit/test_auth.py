@@ -128,6 +128,34 @@ def test_clocks_may_differ_a_little(verifier: TokenVerifier, sign: Callable[...,
     assert verifier.verify(sign(exp=int(time.time()) - 10)).user_id == "user-7"
 
 
+def test_a_token_taken_before_is_refused_once_it_has_expired(
+    verifier: TokenVerifier, sign: Callable[..., str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """That the signature is not checked again changes nothing about the time."""
+    token = sign()
+    verifier.verify(token)
+    later = time.time() + 24 * HOUR
+    monkeypatch.setattr(time, "time", lambda: later)
+    with pytest.raises(NotAuthenticated):
+        verifier.verify(token)
+
+
+def test_a_token_taken_before_is_refused_once_its_key_is_gone(
+    settings: Settings, sign: Callable[..., str], tmp_path: Path
+) -> None:
+    """An issuer that withdraws a key withdraws what it signed."""
+    jwks = tmp_path / "jwks.json"
+    jwks.write_bytes(Path(settings.auth_jwks).read_bytes())
+    verifier = TokenVerifier(
+        issuer=settings.auth_issuer, audience=settings.auth_audience, jwks=str(jwks)
+    )
+    token = sign()
+    verifier.verify(token)
+    jwks.write_text('{"keys": []}')
+    with pytest.raises(NotAuthenticated):
+        verifier.verify(token)
+
+
 def test_a_new_key_is_known_when_the_file_has_changed(
     claims: dict[str, Any], settings: Settings, tmp_path: Path
 ) -> None:

@@ -1,0 +1,1 @@
+"""What the services cost, each beside its limit in the same run."""

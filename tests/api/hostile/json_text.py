@@ -1,0 +1,140 @@
+"""Bodies that are no JSON text as RFC 8259 has it, or that a reader must not follow: all 400."""
+
+from tests.api.hostile.case import GOOD_BODY, ORDER, Case, raw, raw_quantity, with_
+
+_SYNTAX: dict[str, bytes] = {
+    "empty": b"",
+    "a space": b" ",
+    "an open brace": b"{",
+    "an open bracket": b"[",
+    "a brace closed by a bracket": b"{]",
+    "two values": b"{}{}",
+    "something after the value": GOOD_BODY + b"x",
+    "a line of JSON and another": GOOD_BODY + b"\n" + GOOD_BODY,
+    "cut off in the middle": GOOD_BODY[:-10],
+    "cut off in a string": GOOD_BODY[:12],
+    "a comma at the end": GOOD_BODY[:-1] + b",}",
+    "a comma at the start": b"{," + GOOD_BODY[1:],
+    "two commas": GOOD_BODY.replace(b", ", b",, ", 1),
+    "no colon": GOOD_BODY.replace(b":", b" ", 1),
+    "an equals sign": GOOD_BODY.replace(b":", b"=", 1),
+    "single quotes": GOOD_BODY.replace(b'"', b"'"),
+    "names without quotes": b"{email: 1, items: []}",
+    "a comment": b"/* */" + GOOD_BODY,
+    "a line comment": GOOD_BODY + b"// x",
+    "a hash comment": b"# x\n" + GOOD_BODY,
+    "a word": b"order",
+    "True of Python": raw('"a": True'),
+    "None of Python": raw('"a": None'),
+    "undefined": raw('"a": undefined'),
+    "a raw newline in a string": raw('"a": "\n"'),
+    "a raw tab in a string": raw('"a": "\t"'),
+    "a raw NUL in a string": raw('"a": "\0"'),
+    "a NUL after the value": GOOD_BODY + b"\0",
+    "a NUL before the value": b"\0" + GOOD_BODY,
+    "an unknown escape": raw(r'"a": "\x41"'),
+    "half a unicode escape": raw(r'"a": "\u00"'),
+    "a form": b"email=minji%40example.com",
+    "XML": b"<?xml version='1.0'?><!DOCTYPE x [<!ENTITY e SYSTEM 'file:///etc/passwd'>]><x>&e;</x>",
+    "YAML": b"email: minji@example.com\nitems: []\n",
+    "a pickle": b"cos\nsystem\n(S'id'\ntR.",
+    "JSON with a prefix against hijacking": b")]}',\n" + GOOD_BODY,
+    "a vertical tab as space": b"\x0b" + GOOD_BODY,
+    "a no-break space as space": b"\xc2\xa0" + GOOD_BODY,
+    "backslashes without end": b'{"a": "' + b"\\" * 60_000,
+    "escaped quotes without end": b'{"a": "' + b'\\"' * 30_000,
+    "quotes without end": b'"' * 60_001,
+    "spaces without end": b" " * 60_000,
+    "braces without end": b"{" * 60_000,
+    "minus signs without end": b"-" * 60_000,
+}
+
+_ENCODING: dict[str, bytes] = {
+    "UTF-8 with a byte order mark": b"\xef\xbb\xbf" + GOOD_BODY,
+    "UTF-16": GOOD_BODY.decode().encode("utf-16"),
+    "UTF-16LE": GOOD_BODY.decode().encode("utf-16-le"),
+    "UTF-16BE": GOOD_BODY.decode().encode("utf-16-be"),
+    "UTF-32": GOOD_BODY.decode().encode("utf-32"),
+    "UTF-7": '{"email": "민지@example.com"}'.encode("utf-7")[1:],
+    "EUC-KR": '{"email": "민지@example.com", "items": []}'.encode("euc-kr"),
+    "Latin-1": '{"email": "é@example.com", "items": []}'.encode("latin-1"),
+    "EBCDIC": GOOD_BODY.decode().encode("cp500"),
+    "an overlong slash": b'{"a": "\xc0\xaf"}',
+    "an overlong NUL": b'{"a": "\xc0\x80"}',
+    "an encoded surrogate": b'{"a": "\xed\xa0\x80"}',
+    "beyond Unicode": b'{"a": "\xf4\x90\x80\x80"}',
+    "a byte that never is": b'{"a": "\xff"}',
+    "half a character": b'{"a": "\xeb\xaf"}',
+    "a lone continuation byte": b'{"a": "\x80"}',
+    "gzip that does not say so": b"\x1f\x8b\x08\x00\x00\x00\x00\x00\x00\x03\xab\xae\x05\x00",
+}
+
+_NESTING: dict[str, bytes] = {
+    "100 arrays": b"[" * 100 + b"]" * 100,
+    "33 arrays": b"[" * 33 + b"]" * 33,
+    "33 objects": b'{"a":' * 33 + b"1" + b"}" * 33,
+    "arrays to the limit": b"[" * 32_000 + b"]" * 32_000,
+    "open arrays to the limit": b"[" * 65_000,
+    "open objects to the limit": b'{"a":' * 13_000,
+    "objects and arrays by turns": b'[{"a":' * 5_000,
+    "deep in a field": raw('"a": ' + "[" * 1_000 + "]" * 1_000),
+    "deep in the items": with_(items=0).replace(b"0", b"[" * 2_000 + b"]" * 2_000),
+    "deep behind a string with brackets": raw('"a": "]]]]]]]]", "b": ' + "[" * 99 + "]" * 99),
+    "deep behind an escaped quote": raw(r'"a": "\"", "b": ' + "[" * 99 + "]" * 99),
+    "deep behind two backslashes": raw(r'"a": "\\", "b": ' + "[" * 99 + "]" * 99),
+    "deep and wide": b"[" + b"[[]]," * 10_000 + b"[" * 40 + b"]" * 41,
+}
+
+_NUMBERS: dict[str, bytes] = {
+    "NaN": raw_quantity("NaN"),
+    "Infinity": raw_quantity("Infinity"),
+    "minus Infinity": raw_quantity("-Infinity"),
+    "NaN in a field nobody asked for": raw('"a": NaN'),
+    "NaN as the body": b"NaN",
+    "Infinity as the body": b"Infinity",
+    "nan": raw_quantity("nan"),
+    "inf": raw_quantity("inf"),
+    "a plus sign": raw_quantity("+1"),
+    "a leading zero": raw_quantity("01"),
+    "hexadecimal": raw_quantity("0x1"),
+    "octal": raw_quantity("0o1"),
+    "an underscore": raw_quantity("1_0"),
+    "no digit before the point": raw_quantity(".5"),
+    "no digit after the point": raw_quantity("1."),
+    "no exponent": raw_quantity("1e"),
+    "two minus signs": raw_quantity("--1"),
+    "an Arabic digit": raw_quantity("\u0661"),
+    "a full-width digit": raw_quantity("\uff11"),
+    "a comma in it": raw_quantity("1,0"),
+    "5,000 digits": raw_quantity("9" * 5_000),
+    "60,000 digits": raw_quantity("9" * 60_000),
+    "minus 60,000 digits": raw_quantity("-" + "9" * 60_000),
+    "60,000 digits in a field nobody asked for": raw(f'"a": {"9" * 60_000}'),
+}
+
+_DUPLICATE_NAMES: dict[str, bytes] = {
+    "the address twice": raw('"email": "a@example.com"'),
+    "the address twice, the same": raw(f'"email": "{ORDER["email"]}"'),
+    "the items twice": raw('"items": []'),
+    "the sku twice": raw_quantity('1, "sku": "CUP-WHITE"'),
+    "the quantity twice": raw_quantity('999, "quantity": 1'),
+    "a name once escaped": raw(r'"\u0065mail": "a@example.com"'),
+    "an unknown name twice": raw('"a": 1, "a": 1'),
+    "the empty name twice": raw('"": 1, "": 2'),
+    "in an object nobody asked for": raw('"a": {"b": 1, "b": 2}'),
+    "__proto__ twice": raw('"__proto__": 1, "__proto__": 2'),
+}
+
+_GROUPS = {
+    "syntax": _SYNTAX,
+    "encoding": _ENCODING,
+    "nesting": _NESTING,
+    "number": _NUMBERS,
+    "duplicate": _DUPLICATE_NAMES,
+}
+
+CASES = [
+    Case(name=f"{group}: {name}", status=400, body=body)
+    for group, bodies in _GROUPS.items()
+    for name, body in bodies.items()
+]
