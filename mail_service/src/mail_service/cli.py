@@ -16,10 +16,11 @@ from mail_service.app import create_app
 from mail_service.confirmation import Confirmation, Shop
 from mail_service.consumer import Consumption
 from mail_service.judge import Judge
+from mail_service.lease import Lease
 from mail_service.models import make_engine
 from mail_service.operate.mails import mails
 from mail_service.operate.migrate import migrate
-from mail_service.senders import Lease, Senders
+from mail_service.senders import Senders
 from mail_service.settings import Settings, SettingsError
 from mail_service.smtp import Relay, SmtpConnection
 from mail_service.telemetry import configure_logging, log

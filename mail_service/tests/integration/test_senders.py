@@ -14,8 +14,9 @@ from sqlalchemy import Engine, text
 from mail_service import ledger
 from mail_service.confirmation import Confirmation, Shop
 from mail_service.judge import Judge
+from mail_service.lease import Lease
 from mail_service.ledger import Mail, NewMail
-from mail_service.senders import Lease, Senders
+from mail_service.senders import Senders
 from mail_service.settings import TEST_TIMING, Settings
 from mail_service.smtp import Relay, SmtpConnection
 
