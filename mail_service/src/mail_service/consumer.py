@@ -64,7 +64,7 @@ class Consumption:
             self.round_at = time.monotonic()
             try:
                 self._round()
-            except (DBAPIError, PoolTimeout, KafkaUnavailable, PositionMoved) as error:
+            except (DBAPIError, PoolTimeout, PositionMoved) as error:
                 log.warning("round.interrupted", error=type(error).__name__)
                 self._stop.wait(RETRY_SECONDS)
         self._senders.drain()
