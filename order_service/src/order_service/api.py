@@ -1,5 +1,6 @@
 """The routes: HTTP in, HTTP out, no rules, no SQL."""
 
+import re
 from typing import Any
 from uuid import UUID
 
@@ -27,6 +28,8 @@ from order_service.schemas import (
 from order_service.settings import Settings
 
 PLACE_ORDER = "POST /v1/orders"
+# W3C Trace Context, version 00; all zeros name no trace.
+TRACEPARENT = re.compile(r"00-(?!0{32})[0-9a-f]{32}-(?!0{16})[0-9a-f]{16}-[0-9a-f]{2}")
 
 
 class StrictBlueprint(Blueprint):
@@ -63,6 +66,7 @@ def post_order(body: dict[str, Any]) -> tuple[Any, int, dict[str, str]]:
         currency=settings.shop_currency,
         items=[(item["sku"], item["quantity"]) for item in body["items"]],
         expected_amount=body["expected_amount"],
+        traceparent=_traceparent(),
     )
     limits = OrderLimits(
         settings.orders_per_user_per_minute, settings.orders_per_recipient_per_hour
@@ -115,6 +119,12 @@ def get_order(order_id: UUID) -> dict[str, Any]:
 def get_products() -> dict[str, Any]:
     """List what can be ordered."""
     return {"items": db.session.scalars(select(Product).order_by(Product.sku)).all()}
+
+
+def _traceparent() -> str | None:
+    """Return the trace the client is in; what is none is not handed on."""
+    given = request.headers.get("traceparent", "")
+    return given if TRACEPARENT.fullmatch(given) else None
 
 
 def _my_orders() -> Select[Order, OutboxRow]:

@@ -5,8 +5,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from http import HTTPStatus
 from typing import Any
 
+import psycopg2
 from flask import Flask, Response, g, json, request
 from flask.json.provider import DefaultJSONProvider
+from psycopg2.errors import ReadOnlySqlTransaction
 from sqlalchemy.exc import DBAPIError, InterfaceError, OperationalError
 from sqlalchemy.exc import TimeoutError as PoolTimeout
 from structlog.contextvars import bind_contextvars, clear_contextvars
@@ -17,7 +19,7 @@ from werkzeug.http import HTTP_STATUS_CODES
 from order_service import api, bodies, docs, probes, swagger_ui
 from order_service.auth import TokenVerifier
 from order_service.errors import Problem, TemporarilyUnavailable
-from order_service.models import ENGINE_OPTIONS, db
+from order_service.models import API_ENGINE_OPTIONS, db, ping_after_a_pause
 from order_service.settings import Settings
 from order_service.telemetry import log
 
@@ -30,9 +32,10 @@ class ProblemApi(docs.DescribedApi):
     def handle_http_exception(self, error: HTTPException) -> Response:
         """Render what Flask, Werkzeug or webargs refused."""
         data: Mapping[str, Any] = getattr(error, "data", None) or {}
-        errors = list(_pointers((data.get("messages") or {}).get("json", {}), ""))
+        messages = data.get("messages") or {}
+        errors = [*_pointers(messages.get("json", {}), ""), *_parameters(messages.get("query", {}))]
         status = HTTPStatus(error.code or 500)
-        detail = "The body is not as it should be." if errors else (error.description or "")
+        detail = "The request is not as described." if errors else (error.description or "")
         headers = dict(data.get("headers") or {})
         if error.response is None:
             headers |= {
@@ -48,7 +51,7 @@ def create_app(settings: Settings) -> Flask:
     app = Flask("order_service", static_folder=None)
     app.config.update(
         SQLALCHEMY_DATABASE_URI=settings.database_url,
-        SQLALCHEMY_ENGINE_OPTIONS=ENGINE_OPTIONS,
+        SQLALCHEMY_ENGINE_OPTIONS=API_ENGINE_OPTIONS,
         # One more than is taken: what has this length is longer.
         MAX_CONTENT_LENGTH=bodies.MAX_BODY_BYTES + 1,
     )
@@ -60,13 +63,15 @@ def create_app(settings: Settings) -> Flask:
         issuer=settings.auth_issuer, audience=settings.auth_audience, jwks=settings.auth_jwks
     )
     db.init_app(app)
+    with app.app_context():
+        ping_after_a_pause(db.engine)
     rest = ProblemApi(app)
     rest.register_blueprint(api.blueprint)
     app.register_blueprint(swagger_ui.pages)
     app.register_blueprint(
         probes.probes(
             is_live=lambda: True,
-            is_ready=lambda: probes.answers(db.engine),
+            is_ready=lambda: probes.is_fit(db.engine),
             metrics=probes.metrics_of_all_workers,
             not_on_port=settings.http_port,
         )
@@ -76,8 +81,17 @@ def create_app(settings: Settings) -> Flask:
     # An address with `//` in it is not ours: no redirect built from what the client calls us.
     app.url_map.merge_slashes = False
     app.register_error_handler(Problem, _render)
-    app.register_error_handler(DBAPIError, _failed)
-    for failure in (OperationalError, InterfaceError, PoolTimeout):
+    # Reads fail as SQLAlchemy's Connection has it, an order's transaction as the driver does.
+    for fault in (DBAPIError, psycopg2.Error):
+        app.register_error_handler(fault, _failed)
+    for failure in (
+        OperationalError,
+        InterfaceError,
+        PoolTimeout,
+        psycopg2.OperationalError,
+        psycopg2.InterfaceError,
+        ReadOnlySqlTransaction,
+    ):
         app.register_error_handler(failure, _unavailable)
     return app
 
@@ -139,10 +153,10 @@ def _failed(error: DBAPIError) -> Response:
 
 def _log_failure(error: Exception) -> None:
     """Log what kind of failure it was: the database's own words may hold a customer's address."""
-    original = getattr(error, "orig", None)
+    original = getattr(error, "orig", None) or error
     log.error(
         "database.failed",
-        error=type(original or error).__name__,
+        error=type(original).__name__,
         sqlstate=getattr(original, "pgcode", None),
     )
 
@@ -156,6 +170,13 @@ def _unavailable(error: Exception) -> Response:
             headers={"Retry-After": "1"},
         )
     )
+
+
+def _parameters(messages: Any) -> Iterator[dict[str, str]]:
+    """Name the parameters of the query that are at fault; one of an unknown name is one of them."""
+    for name, told in messages.items():
+        for message in told:
+            yield {"parameter": str(name), "detail": str(message)}
 
 
 def _pointers(messages: Any, path: str) -> Iterator[dict[str, str]]:

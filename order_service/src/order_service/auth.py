@@ -1,5 +1,6 @@
 """Bearer token → user (RFC 6750, RFC 7519); keys from a JWKS (RFC 7517)."""
 
+import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -10,11 +11,14 @@ from typing import ParamSpec, TypeVar
 import jwt
 from flask import current_app, g, request
 
-from order_service.errors import NotAllowed, NotAuthenticated
+from order_service.errors import NotAllowed, NotAuthenticated, TemporarilyUnavailable
+from order_service.telemetry import log
 
 ALGORITHMS = ("RS256", "ES256")
 LEEWAY_SECONDS = 30
 JWKS_TIMEOUT_SECONDS = 5.0
+JWKS_REFRESH_SECONDS = 300.0
+JWKS_COOL_DOWN_SECONDS = 10.0
 # A client sends one token many times: so many of them are known again by key and text.
 REMEMBERED_TOKENS = 4_096
 REMEMBERED_HEADERS = 64
@@ -55,17 +59,53 @@ class JwksFile:
             raise jwt.PyJWKClientError("no such key") from error
 
 
+class JwksUrl:
+    """Keys of an issuer; while it does not answer those it gave last are good."""
+
+    def __init__(self, url: str) -> None:
+        self._client = jwt.PyJWKClient(url, timeout=JWKS_TIMEOUT_SECONDS)
+        self._keys: dict[str | None, jwt.PyJWK] = {}
+        self._has_answered = False
+        self._asked_at = float("-inf")
+        self._asking = threading.Lock()
+
+    def get_signing_key(self, key_id: str) -> jwt.PyJWK:
+        """Return the key of this id; raise PyJWKClientError when the issuer has none.
+
+        Raises TemporarilyUnavailable when the issuer does not answer and the key is not known. It
+        is asked every five minutes, and for an unknown key at most every ten seconds: tokens that
+        name keys at random must not become requests to it.
+        """
+        with self._asking:
+            wait_seconds = JWKS_REFRESH_SECONDS if key_id in self._keys else JWKS_COOL_DOWN_SECONDS
+            if time.monotonic() - self._asked_at > wait_seconds:
+                self._ask()
+        if key_id in self._keys:
+            return self._keys[key_id]
+        if not self._has_answered:
+            raise TemporarilyUnavailable(
+                "The issuer's keys cannot be read now.", headers={"Retry-After": "10"}
+            )
+        raise jwt.PyJWKClientError("no such key")
+
+    def _ask(self) -> None:
+        try:
+            keys = self._client.get_signing_keys(refresh=True)
+            self._keys = {key.key_id: key for key in keys}
+            self._has_answered = True
+        except (jwt.PyJWTError, OSError, ValueError) as error:
+            self._has_answered = False
+            log.warning("issuer.not_read", error=type(error).__name__)
+        self._asked_at = time.monotonic()
+
+
 class TokenVerifier:
     """Checks signature, issuer, audience and times of a token."""
 
     def __init__(self, *, issuer: str, audience: str, jwks: str) -> None:
         self._issuer = issuer
         self._audience = audience
-        self._keys: JwksFile | jwt.PyJWKClient = (
-            jwt.PyJWKClient(jwks, timeout=JWKS_TIMEOUT_SECONDS)
-            if "://" in jwks
-            else JwksFile(Path(jwks))
-        )
+        self._keys = JwksUrl(jwks) if "://" in jwks else JwksFile(Path(jwks))
         # A key that is read anew is another object: what the last one signed is checked again.
         self._checked = lru_cache(REMEMBERED_TOKENS)(self._check)
 

@@ -6,10 +6,10 @@ from decimal import Decimal
 
 from sqlalchemy import Connection, text
 
-_FOR_SALE = text("""
+FOR_SALE = """
     SELECT sku, name_ko, name_en, unit_price FROM products
-     WHERE sku = ANY(:skus) AND currency = :currency
-""")
+     WHERE sku = ANY(%(skus)s) AND currency = %(currency)s
+"""
 
 _LOAD = text("""
     INSERT INTO products (sku, name_ko, name_en, unit_price, currency)
@@ -32,14 +32,6 @@ class CatalogueEntry:
     def name(self, locale: str) -> str:
         """Return the Korean name for a Korean locale, else the English one."""
         return self.name_ko if locale == "ko" else self.name_en
-
-
-def for_sale(
-    connection: Connection, skus: Sequence[str], *, currency: str
-) -> dict[str, CatalogueEntry]:
-    """Return those of `skus` that are sold in `currency`, by sku."""
-    rows = connection.execute(_FOR_SALE, {"skus": list(skus), "currency": currency})
-    return {row.sku: CatalogueEntry(*row) for row in rows}
 
 
 def load(connection: Connection, entries: Sequence[CatalogueEntry], *, currency: str) -> None:

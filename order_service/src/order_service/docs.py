@@ -51,8 +51,11 @@ def problem(
 ) -> Document:
     """Return a problem as it goes over the wire."""
     told = {"type": kind, "title": HTTP_STATUS_CODES[status], "status": int(status)}
-    pointed = [{"pointer": pointer, "detail": what} for pointer, what in faults]
-    return {**told, "detail": detail} | ({"errors": pointed} if pointed else {})
+    errors = [
+        {"pointer" if where.startswith("/") else "parameter": where, "detail": what}
+        for where, what in faults
+    ]
+    return {**told, "detail": detail} | ({"errors": errors} if errors else {})
 
 
 def _ours(kind: type[Problem], detail: str, *faults: tuple[str, str]) -> tuple[str, Document]:
@@ -120,7 +123,7 @@ PROBLEMS: dict[str, Document] = dict(
             "body-not-as-described",
             HTTPStatus.UNPROCESSABLE_ENTITY,
             "Members are missing, unknown or not as described; the key is not used up.",
-            "The body is not as it should be.",
+            "The request is not as described.",
             ("/email", "Not a valid email address."),
             (
                 "/items/0/quantity",
@@ -131,7 +134,11 @@ PROBLEMS: dict[str, Document] = dict(
             "query-not-as-described",
             HTTPStatus.UNPROCESSABLE_ENTITY,
             "A parameter of the query is not as described.",
-            "The request was well-formed but was unable to be followed due to semantic errors.",
+            "The request is not as described.",
+            (
+                "limit",
+                "Must be greater than or equal to 1 and less than or equal to 100.",
+            ),
         ),
         _plain(
             "internal-error",

@@ -5,7 +5,6 @@ import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
-from datetime import datetime
 from typing import Any
 from uuid import UUID
 
@@ -18,19 +17,18 @@ UNIQUE_CONSTRAINT = "idempotency_keys_pkey"
 KEPT_HOURS = 48
 PURGE_ROWS = 1_000
 
-# The lock and the look-up are one round trip. The statement's snapshot is older than its lock, so
-# an order committed in between is not seen here: the unique key decides in the end.
-_CLAIM = text("""
-    SELECT pg_try_advisory_xact_lock(
-               hashtextextended(jsonb_build_array(:principal, :operation, :key)::text, 0)
-           ) AS is_granted,
-           earlier.fingerprint,
-           earlier.order_id,
-           now() AS claimed_at
-      FROM (VALUES (1)) AS request
-      LEFT JOIN idempotency_keys AS earlier
-        ON earlier.principal = :principal AND earlier.operation = :operation AND earlier.key = :key
-""")
+TRY_LOCK = """
+    pg_try_advisory_xact_lock(
+        hashtextextended(
+            jsonb_build_array(CAST(%(principal)s AS text), CAST(%(operation)s AS text),
+                              CAST(%(key)s AS text))::text, 0))
+"""
+
+# For a later statement than the lock: its snapshot has what was committed before it was granted.
+EARLIER = """
+    SELECT fingerprint, order_id FROM idempotency_keys
+     WHERE principal = %(principal)s AND operation = %(operation)s AND key = %(key)s
+"""
 
 _PURGE = text("""
     DELETE FROM idempotency_keys
@@ -48,14 +46,6 @@ class Use:
     operation: str
     key: str
     fingerprint: bytes
-
-
-@dataclass(frozen=True, slots=True)
-class Claim:
-    """A key that is held: the order of an earlier use, and the database's time."""
-
-    order_id: UUID | None
-    at: datetime
 
 
 def parse_key(header: str | None) -> str:
@@ -76,22 +66,21 @@ def fingerprint(payload: Mapping[str, Any]) -> bytes:
     return hashlib.sha256(canonical.encode()).digest()
 
 
-def claim(connection: Connection, use: Use) -> Claim:
-    """Hold the key until the transaction ends; return the order it already stands for, if any.
+def earlier_order(
+    use: Use, *, is_held: bool, fingerprint: bytes | None, order_id: UUID | None
+) -> UUID | None:
+    """Return the order that a key stands for already, by a row of EARLIER, or None.
 
-    Raises RequestInFlight at once when another transaction holds it, IdempotencyKeyReused when it
-    came before with another payload.
+    Raises RequestInFlight when somebody else holds the key, IdempotencyKeyReused when it came
+    before with another payload.
     """
-    row = connection.execute(
-        _CLAIM, {"principal": use.principal, "operation": use.operation, "key": use.key}
-    ).one()
-    if not row.is_granted:
+    if not is_held:
         raise RequestInFlight(
             "A request with this Idempotency-Key is being worked on.", headers={"Retry-After": "1"}
         )
-    if row.order_id is not None and bytes(row.fingerprint) != use.fingerprint:
+    if fingerprint is not None and bytes(fingerprint) != use.fingerprint:
         raise IdempotencyKeyReused("This Idempotency-Key came before with another payload.")
-    return Claim(row.order_id, row.claimed_at)
+    return order_id
 
 
 def purge(connection: Connection) -> int:

@@ -1,37 +1,47 @@
 """How many orders a user and a recipient may have: the order form is not a mail cannon."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from datetime import datetime, timedelta
+from typing import Any
 
 from psycopg2.errors import LockNotAvailable
-from sqlalchemy import Connection, text
-from sqlalchemy.exc import OperationalError
 
 from order_service.errors import TooManyOrders
-
-USER_WINDOW_SECONDS = 60
-RECIPIENT_WINDOW_SECONDS = 3600
+from order_service.transaction import Statement, Transaction
 
 # Always user, then recipient, so that no two orders wait for each other in a circle.
-_LOCK = text("""
-    SELECT pg_advisory_xact_lock(hashtextextended('user ' || :user_id, 0)),
-           pg_advisory_xact_lock(hashtextextended('recipient ' || lower(:email), 0))
-""")
+_USER = "hashtextextended('user ' || CAST(%(principal)s AS text), 0)"
+_RECIPIENT = "hashtextextended('recipient ' || lower(CAST(%(email)s AS text)), 0)"
+TRY_TURN = f"""
+    CASE WHEN pg_try_advisory_xact_lock({_USER})
+         THEN pg_try_advisory_xact_lock({_RECIPIENT}) ELSE false END
+"""
+TURN = Statement(f"SELECT pg_advisory_xact_lock({_USER}), pg_advisory_xact_lock({_RECIPIENT})")
 
-# A later statement than the locks: its snapshot has every order that was placed before them.
-_COUNT = text("""
-    SELECT of_user.placed AS user_placed, of_user.free_in AS user_free_in,
-           of_recipient.placed AS recipient_placed, of_recipient.free_in AS recipient_free_in
-      FROM (SELECT count(*) AS placed,
-                   extract(epoch FROM min(ordered_at) - now()) + :user_window AS free_in
+# For a later statement than the locks: its snapshot has every order that was placed before them.
+ORDERS_PLACED = """
+    SELECT *
+      FROM (SELECT count(*), min(ordered_at)
               FROM orders
-             WHERE user_id = :user_id
-               AND ordered_at > now() - :user_window * interval '1 second') AS of_user,
-           (SELECT count(*) AS placed,
-                   extract(epoch FROM min(ordered_at) - now()) + :recipient_window AS free_in
+             WHERE user_id = %(principal)s
+               AND ordered_at > now() - interval '1 minute') AS of_user (count, since),
+           (SELECT count(*), min(ordered_at)
               FROM orders
-             WHERE lower(email) = lower(:email)
-               AND ordered_at > now() - :recipient_window * interval '1 second') AS of_recipient
-""")
+             WHERE lower(email) = lower(%(email)s)
+               AND ordered_at > now() - interval '1 hour') AS of_recipient (count, since)
+"""
+MINUTE, HOUR = timedelta(minutes=1), timedelta(hours=1)
+
+
+@dataclass(frozen=True, slots=True)
+class OrdersPlaced:
+    """A row of ORDERS_PLACED: how many there are, and the moment of the oldest of them."""
+
+    by_user: int
+    by_user_since: datetime | None
+    for_recipient: int
+    for_recipient_since: datetime | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,26 +51,29 @@ class OrderLimits:
     per_user_per_minute: int
     per_recipient_per_hour: int
 
+    def check(self, placed: OrdersPlaced, *, at: datetime) -> None:
+        """Let one more order through, exactly, over all workers; else raise TooManyOrders."""
+        if placed.by_user_since and placed.by_user >= self.per_user_per_minute:
+            raise _too_many("Too many orders in a minute.", placed.by_user_since + MINUTE - at)
+        if placed.for_recipient_since and placed.for_recipient >= self.per_recipient_per_hour:
+            raise _too_many(
+                "Too many orders for this address in an hour.",
+                placed.for_recipient_since + HOUR - at,
+            )
 
-def check(connection: Connection, limits: OrderLimits, *, user_id: str, email: str) -> None:
-    """Let one more order through, exactly, over all workers; else raise TooManyOrders.
 
-    The locks last until the transaction ends, so nobody else counts before this order is there.
+def wait_for_turn(transaction: Transaction, parameters: Mapping[str, Any]) -> None:
+    """Let nobody else count until the transaction ends; TooManyOrders when they take long.
+
+    It is a statement of its own: what else may be locked, a table, is no excess of orders.
     """
-    who = {"user_id": user_id, "email": email}
     try:
-        connection.execute(_LOCK, who)
-    except OperationalError as error:
-        if isinstance(error.orig, LockNotAvailable):
-            raise _too_many("Too many orders at once.", 1) from error
-        raise
-    windows = {"user_window": USER_WINDOW_SECONDS, "recipient_window": RECIPIENT_WINDOW_SECONDS}
-    placed = connection.execute(_COUNT, {**who, **windows}).one()
-    if placed.user_placed >= limits.per_user_per_minute:
-        raise _too_many("Too many orders in a minute.", placed.user_free_in)
-    if placed.recipient_placed >= limits.per_recipient_per_hour:
-        raise _too_many("Too many orders for this address in an hour.", placed.recipient_free_in)
+        transaction.fetch(TURN, parameters=parameters)
+    except LockNotAvailable as error:
+        raise _too_many("Too many orders at once.", timedelta(seconds=1)) from error
 
 
-def _too_many(detail: str, free_in_seconds: float) -> TooManyOrders:
-    return TooManyOrders(detail, headers={"Retry-After": str(max(1, round(free_in_seconds)))})
+def _too_many(detail: str, free_in: timedelta) -> TooManyOrders:
+    return TooManyOrders(
+        detail, headers={"Retry-After": str(max(1, round(free_in.total_seconds())))}
+    )

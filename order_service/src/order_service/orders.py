@@ -3,48 +3,77 @@
 import json
 import random
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from decimal import Decimal
+from uuid import UUID
 
+from psycopg2 import Error
 from psycopg2.errors import DeadlockDetected, SerializationFailure, UniqueViolation
-from sqlalchemy import Connection, Engine, text
-from sqlalchemy.exc import IntegrityError, OperationalError
+from sqlalchemy import Engine
 from sqlalchemy.orm import Session
 from uuid_utils.compat import uuid7
 
-from order_service import catalogue, events, idempotency, outbox
+from order_service import events, idempotency, outbox
+from order_service.catalogue import FOR_SALE, CatalogueEntry
 from order_service.errors import PriceChanged, ProductUnknown
 from order_service.events import Item, PlacedOrder
-from order_service.limits import OrderLimits
-from order_service.limits import check as check_limits
+from order_service.limits import (
+    ORDERS_PLACED,
+    TRY_TURN,
+    TURN,
+    OrderLimits,
+    OrdersPlaced,
+    wait_for_turn,
+)
 from order_service.models import Order
 from order_service.telemetry import log, orders_placed
+from order_service.transaction import LostBeforeCommit, Statement, Transaction, begin
 
 RETRIES = 2
 RETRY_SECONDS = 0.05
 
+# Everything but the products comes with each product that is for sale, and once without any.
+_FOUND = Statement(f"""
+    SELECT current_setting('order_service.held'), now(), earlier.*, placed.*, product.*
+      FROM (VALUES (1)) AS request
+      LEFT JOIN ({idempotency.EARLIER}) AS earlier ON true
+      CROSS JOIN ({ORDERS_PLACED}) AS placed
+      LEFT JOIN ({FOR_SALE}) AS product ON true
+""")  # noqa: S608 - constants
+
 # One statement, so that the order, its items, its event and its key are one round trip.
-_INSERT = text("""
+_INSERT = Statement("""
     WITH placed AS (
         INSERT INTO orders (id, user_id, email, locale, currency, amount, ordered_at)
-        VALUES (:order_id, :user_id, :email, :locale, :currency, :amount, :ordered_at)
+        VALUES (%(order_id)s, %(user_id)s, %(email)s, %(locale)s, %(currency)s, %(amount)s,
+                %(ordered_at)s)
     ), items AS (
         INSERT INTO order_items (order_id, line, sku, name, quantity, unit_price)
-        SELECT :order_id, line, sku, name, quantity, unit_price
-          FROM unnest(CAST(:skus AS text[]), CAST(:names AS text[]),
-                      CAST(:quantities AS integer[]), CAST(:unit_prices AS numeric[]))
+        SELECT %(order_id)s, line, sku, name, quantity, unit_price
+          FROM unnest(CAST(%(skus)s AS text[]), CAST(%(names)s AS text[]),
+                      CAST(%(quantities)s AS integer[]), CAST(%(unit_prices)s AS numeric[]))
                WITH ORDINALITY AS item (sku, name, quantity, unit_price, line)
     ), event AS (
         INSERT INTO outbox
                (id, aggregatetype, aggregateid, type, payload, headers, occurred_at)
-        VALUES (:event_id, :aggregatetype, :key, :type, :payload, CAST(:headers AS json),
-                :ordered_at)
+        VALUES (%(event_id)s, %(aggregatetype)s, %(key)s, %(type)s, %(payload)s,
+                CAST(%(headers)s AS json), %(ordered_at)s)
     )
     INSERT INTO idempotency_keys (principal, operation, key, fingerprint, order_id)
-    VALUES (:principal, :operation, :idempotency_key, :fingerprint, :order_id)
+    VALUES (%(principal)s, %(operation)s, %(idempotency_key)s, %(fingerprint)s, %(order_id)s)
 """)
+
+# Which locks the transaction got is kept in it for the next statement of the same message.
+_TRY_LOCKS = Statement(
+    f"""
+    SELECT set_config('order_service.held',
+                      CASE WHEN NOT {idempotency.TRY_LOCK} THEN 'nothing'
+                           WHEN {TRY_TURN} THEN 'everything' ELSE 'key' END, true)
+    """,
+    vouches_for=(TURN, _FOUND, _INSERT),
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,6 +85,7 @@ class OrderRequest:
     currency: str
     items: Sequence[tuple[str, int]]
     expected_amount: Decimal | None = None
+    traceparent: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,9 +104,12 @@ def place_order(
     Raises ProductUnknown, PriceChanged, TooManyOrders, RequestInFlight and IdempotencyKeyReused;
     nothing is written then, and the key is free.
     """
-    placement = _place(engine, request, use, limits)
-    if not placement.is_replayed:
-        outbox.wake_relay(engine)
+    order = _place(engine, request, use, limits)
+    if isinstance(order, PlacedOrder):
+        placement = Placement(order, is_replayed=False)
+    else:
+        with Session(engine) as session:
+            placement = Placement(session.get_one(Order, order), is_replayed=True)
     orders_placed.labels("replayed" if placement.is_replayed else "placed").inc()
     log.info("order.placed", order_id=str(placement.order.id), is_replayed=placement.is_replayed)
     return placement
@@ -84,34 +117,50 @@ def place_order(
 
 def _place(
     engine: Engine, request: OrderRequest, use: idempotency.Use, limits: OrderLimits
-) -> Placement:
+) -> PlacedOrder | UUID:
     """Run the transaction, again only after the database has surely undone it.
 
     Any other failure, a COMMIT without an answer above all, is the client's to repeat.
     """
     for _ in range(RETRIES):
         try:
-            with engine.begin() as connection:
-                return _find_or_insert(connection, request, use, limits)
-        except (IntegrityError, OperationalError) as error:
+            with begin(engine, _TRY_LOCKS) as transaction:
+                return _find_or_insert(transaction, request, use, limits)
+        except Error as error:
             if not _is_rolled_back(error):
                 raise
             time.sleep(random.uniform(0, RETRY_SECONDS))  # noqa: S311 - spreads retries
-    with engine.begin() as connection:
-        return _find_or_insert(connection, request, use, limits)
+    with begin(engine, _TRY_LOCKS) as transaction:
+        return _find_or_insert(transaction, request, use, limits)
 
 
 def _find_or_insert(
-    connection: Connection, request: OrderRequest, use: idempotency.Use, limits: OrderLimits
-) -> Placement:
-    claim = idempotency.claim(connection, use)
-    if claim.order_id is not None:
-        with Session(connection) as session:
-            return Placement(session.get_one(Order, claim.order_id), is_replayed=True)
-    check_limits(connection, limits, user_id=use.principal, email=request.email)
-    order = _price(connection, request, user_id=use.principal, ordered_at=claim.at)
-    event = events.order_created(order, event_id=uuid7())
-    connection.execute(
+    transaction: Transaction, request: OrderRequest, use: idempotency.Use, limits: OrderLimits
+) -> PlacedOrder | UUID:
+    """Return the order just placed, or the id of the one that the key stands for already."""
+    wanted = {
+        "principal": use.principal,
+        "operation": use.operation,
+        "key": use.key,
+        "email": request.email,
+        "skus": [sku for sku, _ in request.items],
+        "currency": request.currency,
+    }
+    rows = transaction.fetch(_TRY_LOCKS, _FOUND, parameters=wanted)
+    held, at, fingerprint, order_id = rows[0][:4]
+    earlier = idempotency.earlier_order(
+        use, is_held=held != "nothing", fingerprint=fingerprint, order_id=order_id
+    )
+    if earlier is not None:
+        return earlier
+    if held != "everything":
+        wait_for_turn(transaction, wanted)
+        rows = transaction.fetch(_FOUND, parameters=wanted)
+    limits.check(OrdersPlaced(*rows[0][4:8]), at=at)
+    products = {row[8]: CatalogueEntry(*row[8:]) for row in rows}
+    order = _price(request, products, user_id=use.principal, ordered_at=at)
+    event = events.order_created(order, event_id=uuid7(), traceparent=request.traceparent)
+    transaction.commit(
         _INSERT,
         {
             "order_id": order.id,
@@ -136,17 +185,19 @@ def _find_or_insert(
             "idempotency_key": use.key,
             "fingerprint": use.fingerprint,
         },
+        then=outbox.WAKE_RELAY,
     )
-    return Placement(order, is_replayed=False)
+    return order
 
 
 def _price(
-    connection: Connection, request: OrderRequest, *, user_id: str, ordered_at: datetime
+    request: OrderRequest,
+    products: Mapping[str, CatalogueEntry],
+    *,
+    user_id: str,
+    ordered_at: datetime,
 ) -> PlacedOrder:
     """Give every line its name and unit price of now, and add up."""
-    products = catalogue.for_sale(
-        connection, [sku for sku, _ in request.items], currency=request.currency
-    )
     unknown = [
         {"pointer": f"/items/{index}/sku", "detail": f"{sku} is not for sale."}
         for index, (sku, _) in enumerate(request.items)
@@ -175,9 +226,8 @@ def _price(
     )
 
 
-def _is_rolled_back(error: IntegrityError | OperationalError) -> bool:
+def _is_rolled_back(error: Error) -> bool:
     """Say whether the database has surely undone everything, and another try may go better."""
-    original = error.orig
-    if isinstance(original, UniqueViolation):
-        return bool(original.diag.constraint_name == idempotency.UNIQUE_CONSTRAINT)
-    return isinstance(original, SerializationFailure | DeadlockDetected)
+    if isinstance(error, UniqueViolation):
+        return error.diag.constraint_name == idempotency.UNIQUE_CONSTRAINT
+    return isinstance(error, SerializationFailure | DeadlockDetected | LostBeforeCommit)

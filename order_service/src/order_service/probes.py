@@ -8,10 +8,11 @@ from flask import Blueprint, Flask, Response, abort, request
 from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, generate_latest
 from prometheus_client import REGISTRY as PROCESS_REGISTRY
 from prometheus_client.multiprocess import MultiProcessCollector
-from sqlalchemy import Engine, text
+from sqlalchemy import Engine
 from sqlalchemy.exc import SQLAlchemyError
 from werkzeug.serving import make_server
 
+from order_service import startup
 from order_service.telemetry import log
 
 Check = Callable[[], bool]
@@ -55,20 +56,29 @@ def metrics_of_all_workers() -> bytes:
     return generate_latest(registry)
 
 
-def answers(engine: Engine) -> bool:
-    """Say whether the database answers."""
+def is_fit(engine: Engine) -> bool:
+    """Say whether the database answers and is as this release needs it."""
     try:
         with engine.connect() as connection:
-            connection.execute(text("SELECT 1"))
+            faults = startup.database_faults(connection)
     except SQLAlchemyError:
         return False
-    return True
+    if faults:
+        log.error("database.unfit", faults=faults)
+    return not faults
 
 
 @contextmanager
 def serving(app: Flask, port: int) -> Iterator[None]:
-    """Serve the probes of a process without gunicorn, in a thread; port 0 is a free one."""
-    server = make_server("0.0.0.0", port, app, threaded=True)  # noqa: S104 - probes come from outside the container
+    """Serve the probes of a process without gunicorn, in a thread; port 0 is a free one.
+
+    Raises StartUpRefused when the port is taken.
+    """
+    try:
+        server = make_server("0.0.0.0", port, app, threaded=True)  # noqa: S104 - probes come from outside the container
+    except SystemExit as error:
+        # Werkzeug has told why, and would end the process with a code of its own.
+        raise startup.StartUpRefused(f"PROBE_PORT: {port} cannot be served") from error
     thread = threading.Thread(target=server.serve_forever, name="probes", daemon=True)
     thread.start()
     log.info("probes.served", port=server.port)

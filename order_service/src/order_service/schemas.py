@@ -1,8 +1,11 @@
 """What a client may say and will hear."""
 
+import re
+import unicodedata
 from base64 import urlsafe_b64decode, urlsafe_b64encode
 from datetime import UTC, datetime
 from decimal import Decimal
+from functools import lru_cache
 from typing import Any
 from uuid import UUID
 
@@ -10,12 +13,22 @@ from email_validator import EmailNotValidError, validate_email
 from flask_smorest.error_handler import ErrorSchema
 from marshmallow import EXCLUDE, Schema, ValidationError, fields, validate
 
-from order_service.events import instant
+from order_service.events import ERASED_ADDRESS, instant
 
 MAX_ITEMS = 50
 MAX_QUANTITY = 999
 MAX_PAGE = 100
+MAX_ADDRESS = 254
 LOCALES = ("ko", "en")
+# What validate_email gives back as it is. Then only the domain is to be judged, and many addresses
+# have the same.
+PLAIN_LOCAL_PART = re.compile(r"(?=.{1,64}\Z)[a-z0-9]+(?:[._+-][a-z0-9]+)*")
+REMEMBERED_DOMAINS = 1_024
+# As the names of their letters begin; Latin is among both.
+WRITTEN_TOGETHER = (
+    frozenset({"LATIN", "HANGUL", "CJK", "IDEOGRAPHIC"}),
+    frozenset({"LATIN", "HIRAGANA", "KATAKANA", "KATAKANA-HIRAGANA", "CJK", "IDEOGRAPHIC"}),
+)
 SKU = validate.Regexp(r"[A-Za-z0-9._-]{1,64}\Z", error="Not a sku.")
 AMOUNT = validate.Regexp(r"[0-9]{1,15}(\.[0-9]{1,4})?\Z", error="Not a decimal string.")
 # The same for readers of the OpenAPI document, whose regular expressions know no \Z.
@@ -34,9 +47,32 @@ class Email(fields.String):
     def _deserialize(self, value: Any, *args: Any, **kwargs: Any) -> str:
         text = super()._deserialize(value, *args, **kwargs)
         try:
-            return validate_email(text, check_deliverability=False, strict=True).normalized
+            local, _, domain = text.partition("@")
+            if PLAIN_LOCAL_PART.fullmatch(local) and text.isascii() and len(text) <= MAX_ADDRESS:
+                address = f"{local}@{_normalised_domain(domain)}"
+            else:
+                address = validate_email(text, check_deliverability=False, strict=True).normalized
         except EmailNotValidError as error:
             raise ValidationError("Not a valid email address.") from error
+        if not address.isascii() and _mixes_scripts(address.rpartition("@")[2]):
+            raise ValidationError("Not a valid email address: its domain mixes scripts.")
+        return address
+
+
+def _mixes_scripts(domain: str) -> bool:
+    """Say whether a label is written in letters that no language writes together (UTS 39)."""
+    for label in domain.split("."):
+        scripts = {
+            unicodedata.name(letter, "").partition(" ")[0] for letter in label if letter.isalpha()
+        }
+        if len(scripts) > 1 and not any(scripts <= together for together in WRITTEN_TOGETHER):
+            return True
+    return False
+
+
+@lru_cache(REMEMBERED_DOMAINS)
+def _normalised_domain(domain: str) -> str:
+    return validate_email(f"a@{domain}", check_deliverability=False, strict=True).domain
 
 
 class Money(fields.String):
@@ -92,7 +128,7 @@ class OrderRequestSchema(Schema):
 
     email = Email(
         required=True,
-        validate=validate.Length(max=254),
+        validate=validate.Length(max=MAX_ADDRESS),
         metadata={"format": "email", "description": "Where the confirmation goes."},
     )
     locale = fields.String(
@@ -153,11 +189,16 @@ class ItemSchema(Answer):
 
 
 class OrderSchema(Answer):
-    """An order: what never changes of it."""
+    """An order: what never changes of it, but for an address that is erased."""
 
     id = fields.UUID()
     user_id = fields.String(data_key="userId")
-    email = fields.String(metadata={"format": "email"})
+    email = fields.String(
+        metadata={
+            "format": "email",
+            "description": f"Where the confirmation goes; {ERASED_ADDRESS} once it was erased.",
+        }
+    )
     locale = fields.String(validate=validate.OneOf(LOCALES))
     currency = fields.String(metadata=CURRENCY)
     amount = Money(metadata=TOTAL)
@@ -218,11 +259,15 @@ class ProductListSchema(Answer):
     items = fields.List(fields.Nested(ProductSchema))
 
 
-class FieldErrorSchema(Answer):
-    """One fault of a body, by JSON Pointer (RFC 6901)."""
+class FieldErrorSchema(Schema):
+    """One fault: of the body, by JSON Pointer (RFC 6901), or of a parameter of the query."""
+
+    class Meta:  # noqa: D106 - it opens the documented schema
+        unknown = EXCLUDE
 
     pointer = fields.String()
-    detail = fields.String()
+    parameter = fields.String()
+    detail = fields.String(required=True)
 
 
 class ProblemSchema(ErrorSchema):

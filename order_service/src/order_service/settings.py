@@ -13,18 +13,24 @@ KAFKA_PROPERTIES_WE_SET = frozenset(
     {
         "acks",
         "allow.auto.create.topics",
+        "auto.commit.enable",
         "auto.offset.reset",
         "delivery.timeout.ms",
         "enable.auto.commit",
         "enable.auto.offset.store",
         "enable.idempotence",
+        "enable.partition.eof",
         "group.id",
         "group.protocol",
         "message.timeout.ms",
         "partition.assignment.strategy",
         "partitioner",
+        "request.required.acks",
+        "transactional.id",
     }
 )
+LAST_PORT = 65_535
+POSTGRESQL_URL = r"^postgres(ql)?(\+\w+)?://\S+\Z"
 # Whose tokens `order-service token` makes.
 DEVELOPMENT_ISSUER = "urn:order-service:development"
 # Read by Kafka's own console tools, which may share our shell.
@@ -44,7 +50,11 @@ class _Environment(Schema):
         data_key="APP_ENV",
         validate=validate.OneOf(("development", "test", "production")),
     )
-    database_url = fields.String(required=True, data_key="DATABASE_URL")
+    database_url = fields.String(
+        required=True,
+        data_key="DATABASE_URL",
+        validate=validate.Regexp(POSTGRESQL_URL, error="Not an address like postgresql://…"),
+    )
     auth_issuer = fields.String(required=True, data_key="AUTH_ISSUER")
     auth_audience = fields.String(required=True, data_key="AUTH_AUDIENCE")
     auth_jwks = fields.String(required=True, data_key="AUTH_JWKS")
@@ -57,8 +67,13 @@ class _Environment(Schema):
     orders_per_recipient_per_hour = fields.Integer(
         load_default=20, data_key="ORDERS_PER_RECIPIENT_PER_HOUR", validate=validate.Range(min=1)
     )
-    http_port = fields.Integer(load_default=8000, data_key="HTTP_PORT")
-    probe_port = fields.Integer(load_default=0, data_key="PROBE_PORT")
+    # Not a free one: the probes, which users must not see, are told apart by this port.
+    http_port = fields.Integer(
+        load_default=8000, data_key="HTTP_PORT", validate=validate.Range(1, LAST_PORT)
+    )
+    probe_port = fields.Integer(
+        load_default=0, data_key="PROBE_PORT", validate=validate.Range(0, LAST_PORT)
+    )
     log_level = fields.String(
         load_default="INFO",
         data_key="LOG_LEVEL",
@@ -142,5 +157,4 @@ def _kafka_properties(values: Mapping[str, str]) -> tuple[dict[str, str], list[s
 
 def _with_driver(url: str) -> str:
     """Name psycopg2: SQLAlchemy 2.1 takes a bare postgresql:// for psycopg 3."""
-    _, separator, rest = url.partition("://")
-    return f"postgresql+psycopg2{separator}{rest}" if separator else url
+    return f"postgresql+psycopg2://{url.partition('://')[2]}"

@@ -11,9 +11,26 @@ log: structlog.stdlib.BoundLogger = structlog.get_logger("order_service")
 orders_placed = Counter("order_orders_placed_total", "Orders accepted", ["outcome"])
 events_published = Counter("order_events_published_total", "Delivery reports", ["outcome"])
 events_completed = Counter("order_events_completed_total", "Events seen in the topic")
-events_lost = Counter("order_events_lost_total", "Events proven lost, by what was done")
+events_lost = Counter(
+    "order_events_lost_total", "Events proven lost, by their new state", ["state"]
+)
 records_foreign = Counter("order_records_foreign_total", "Records in the topic that are not ours")
+events_phantom = Counter(
+    "order_events_phantom_total", "Events of ours in the topic that the outbox does not know"
+)
+readback_gaps = Counter(
+    "order_readback_gaps_total", "Positions outside the log, by the bound gone to", ["bound"]
+)
 relay_is_active = Gauge("order_relay_is_active", "1 while this relay publishes")
+outbox_events = Gauge(
+    "order_outbox_events", "Events not yet seen in the topic; counted to 100,000", ["state"]
+)
+outbox_oldest_age = Gauge(
+    "order_outbox_oldest_age_seconds", "Age of the oldest event not yet seen in the topic"
+)
+snapshot_oldest_age = Gauge(
+    "order_database_oldest_snapshot_age_seconds", "What vacuum, and so the outbox, waits for"
+)
 
 
 def configure_logging(level: str) -> None:

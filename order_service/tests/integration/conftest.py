@@ -14,16 +14,26 @@ from pathlib import Path
 from typing import Any
 from uuid import UUID
 
+import jwt
 import pytest
 from confluent_kafka import Consumer, Message, Producer, TopicPartition
-from confluent_kafka.admin import AdminClient
+from confluent_kafka.admin import (
+    AdminClient,
+    AlterConfigOpType,
+    ConfigEntry,
+    ConfigResource,
+    ResourceType,
+)
+from flask import Flask
 from sqlalchemy import Connection, Engine, Row, insert, text
 from uuid_utils.compat import uuid7
 
-from order_service import catalogue, events, outbox
-from order_service.kafka import TOPIC, KafkaUnavailable, Publisher, Reader, Topic
-from order_service.models import OutboxRow, make_engine
+from order_service import catalogue, cli, events, outbox
+from order_service.app import create_app
+from order_service.kafka import TOPIC, TOPIC_SETTINGS, KafkaUnavailable, Publisher, Reader, Topic
+from order_service.models import OutboxRow, db, make_engine
 from order_service.operate.products import read
+from order_service.operate.token import KEY_ID, signing_key
 from order_service.readback import ReadBack
 from order_service.relay import LOCK_KEYS, Relay
 from order_service.settings import Settings
@@ -102,6 +112,27 @@ def run(
     return finish
 
 
+@pytest.fixture
+def command(
+    environment: dict[str, str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> Callable[..., "subprocess.CompletedProcess[str]"]:
+    """Give a function that runs a command to its end in this process, which takes no second."""
+
+    def finish(*arguments: str, **changed: str) -> "subprocess.CompletedProcess[str]":
+        with monkeypatch.context() as patch:
+            for name, value in {**environment, **changed}.items():
+                patch.setitem(os.environ, name, value)
+            patch.setattr(sys, "argv", ["order-service", *arguments])
+            # What an API in this process has logged is not the command's.
+            capsys.readouterr()
+            with pytest.raises(SystemExit) as ended:
+                cli.main()
+        out, err = capsys.readouterr()
+        return subprocess.CompletedProcess(arguments, ended.value.code or 0, out, err)
+
+    return finish
+
+
 @pytest.fixture(scope="session")
 def engine(
     settings: Settings, run: Callable[..., "subprocess.CompletedProcess[str]"]
@@ -111,6 +142,34 @@ def engine(
     engine = make_engine(settings.database_url)
     yield engine
     engine.dispose()
+
+
+@pytest.fixture(scope="module")
+def app(settings: Settings, engine: Engine) -> Iterator[Flask]:
+    """Give the application on the real database."""
+    app = create_app(settings)
+    yield app
+    with app.app_context():
+        db.engine.dispose()
+
+
+@pytest.fixture(scope="module")
+def bearer(settings: Settings) -> Callable[[str], dict[str, str]]:
+    """Give a function that authorizes a user."""
+    key = signing_key(Path(settings.auth_jwks))
+
+    def authorize(user: str) -> dict[str, str]:
+        claims = {
+            "iss": settings.auth_issuer,
+            "aud": settings.auth_audience,
+            "sub": user,
+            "scope": "orders:read orders:write",
+            "exp": int(time.time()) + 600,
+        }
+        token = jwt.encode(claims, key, algorithm="RS256", headers={"kid": KEY_ID})
+        return {"Authorization": f"Bearer {token}"}
+
+    return authorize
 
 
 @pytest.fixture(scope="session")
@@ -217,6 +276,21 @@ def delete_topic(
 
 
 @pytest.fixture
+def alter_topic(admin: AdminClient, topic: Topic) -> Iterator[Callable[..., None]]:
+    """Give a function that gives the topic another setting, until the test's end."""
+
+    def alter(name: str, value: str, operation: AlterConfigOpType = AlterConfigOpType.SET) -> None:
+        entry = ConfigEntry(name, value, incremental_operation=operation)
+        resource = ConfigResource(ResourceType.TOPIC, TOPIC, incremental_configs=[entry])
+        admin.incremental_alter_configs([resource])[resource].result(10)
+
+    yield alter
+    alter("message.timestamp.after.max.ms", "", AlterConfigOpType.DELETE)
+    for declared in {**TOPIC_SETTINGS, "min.insync.replicas": "1"}.items():
+        alter(*declared)
+
+
+@pytest.fixture
 def ends(topic: Topic) -> Callable[[], dict[int, int]]:
     """Give a function that tells where each partition ends now."""
     return lambda: {
@@ -320,13 +394,13 @@ def make_readback(engine: Engine, settings: Settings) -> Callable[[Topic], ReadB
     return lambda topic: ReadBack(
         engine=engine,
         topic=topic,
-        make_reader=lambda described: Reader(settings.kafka, described),
+        make_reader=lambda described: Reader(settings.kafka, described, role="read-back"),
     )
 
 
 @pytest.fixture
 def start_relay(
-    settings: Settings, engine: Engine, topic: Topic
+    settings: Settings, query: Query, topic: Topic
 ) -> Iterator[Callable[..., tuple[threading.Event, "Future[None]"]]]:
     """Give a function that runs a relay in a thread; what ended a relay ends the test."""
     with ThreadPoolExecutor() as pool, contextlib.ExitStack() as ending:
@@ -347,7 +421,7 @@ def start_relay(
             future = pool.submit(relay.run)
             ending.callback(future.result, PATIENCE_SECONDS)
             # Woken, it need not wait for its next poll to find that it is to stop.
-            ending.callback(outbox.wake_relay, engine)
+            ending.callback(query, outbox.WAKE_RELAY)
             ending.callback(stop.set)
             return stop, future
 

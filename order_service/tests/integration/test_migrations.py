@@ -8,6 +8,7 @@ from sqlalchemy import Connection, create_engine, inspect, text
 
 from order_service.operate.migrate import MIGRATIONS
 from order_service.settings import Settings
+from order_service.startup import NEWEST_REVISION
 
 TABLES = {
     "alembic_version",
@@ -77,6 +78,18 @@ def test_tables_and_code_agree(run: Callable[..., "CompletedProcess[str]"]) -> N
     """The models are what the migrations make."""
     checked = run("migrate", "--check")
     assert (checked.returncode, checked.stdout.splitlines()[-1]) == (0, "tables and code agree")
+
+
+def test_a_schema_that_is_newer_is_left_alone(
+    run: Callable[..., "CompletedProcess[str]"], query: Callable[..., object]
+) -> None:
+    """The job of an older release cannot know what to do with it: exit 3."""
+    query("UPDATE alembic_version SET version_num = '9999'")
+    try:
+        failed = run("migrate")
+    finally:
+        query("UPDATE alembic_version SET version_num = :newest", newest=NEWEST_REVISION)
+    assert (failed.returncode, "9999" in failed.stderr) == (3, True)
 
 
 def test_a_table_that_differs_is_named(

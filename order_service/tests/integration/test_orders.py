@@ -4,21 +4,16 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from decimal import Decimal
-from pathlib import Path
 from typing import Any
 from uuid import uuid4
 
-import jwt
 import pytest
 from flask import Flask
 from sqlalchemy import Connection, Engine, text
 
-from order_service import catalogue, idempotency, outbox
+from order_service import catalogue, idempotency, orders, outbox
 from order_service.api import PLACE_ORDER
-from order_service.app import create_app
-from order_service.models import db
-from order_service.operate.token import KEY_ID, signing_key
-from order_service.settings import Settings
+from order_service.models import PAUSE_SECONDS, POOL_SIZE, db
 
 BODY: dict[str, Any] = {
     "email": "minji@example.com",
@@ -33,34 +28,6 @@ THREADS = 16
 Post = Callable[..., Any]
 Get = Callable[..., Any]
 Query = Callable[..., Any]
-
-
-@pytest.fixture(scope="module")
-def app(settings: Settings, engine: Engine) -> Iterator[Flask]:
-    """Give the application on the real database."""
-    app = create_app(settings)
-    yield app
-    with app.app_context():
-        db.engine.dispose()
-
-
-@pytest.fixture(scope="module")
-def bearer(settings: Settings) -> Callable[[str], dict[str, str]]:
-    """Give a function that authorizes a user."""
-    key = signing_key(Path(settings.auth_jwks))
-
-    def authorize(user: str) -> dict[str, str]:
-        claims = {
-            "iss": settings.auth_issuer,
-            "aud": settings.auth_audience,
-            "sub": user,
-            "scope": "orders:read orders:write",
-            "exp": int(time.time()) + 600,
-        }
-        token = jwt.encode(claims, key, algorithm="RS256", headers={"kid": KEY_ID})
-        return {"Authorization": f"Bearer {token}"}
-
-    return authorize
 
 
 @pytest.fixture
@@ -90,9 +57,13 @@ def written(query: Query) -> Callable[[], dict[str, int]]:
     return lambda: {table: query(f"SELECT count(*) FROM {table}")[0][0] for table in TABLES}
 
 
-def use_of(body: dict[str, Any], *, key: str) -> idempotency.Use:
-    loaded = body | {"locale": "ko", "expected_amount": None}
-    return idempotency.Use("minji", PLACE_ORDER, key, idempotency.fingerprint(loaded))
+@pytest.fixture
+def held_key(engine: Engine) -> Iterator[Connection]:
+    """Let a transaction hold key-1 as a request does that is being worked on."""
+    held = {"principal": "minji", "operation": PLACE_ORDER, "key": "key-1"}
+    with engine.begin() as connection:
+        assert connection.exec_driver_sql(f"SELECT {idempotency.TRY_LOCK}", held).scalar_one()
+        yield connection
 
 
 def test_an_order_is_answered_with_itself(post: Post) -> None:
@@ -236,6 +207,7 @@ def test_two_users_may_choose_the_same_key(post: Post) -> None:
     assert post(user="minji").get_json()["id"] != post(user="junho").get_json()["id"]
 
 
+@pytest.mark.fault("F-H3")
 def test_a_key_with_another_body_is_refused(post: Post) -> None:
     """A client that mixes up its keys is told so."""
     post()
@@ -246,6 +218,7 @@ def test_a_key_with_another_body_is_refused(post: Post) -> None:
     )
 
 
+@pytest.mark.fault("F-H2")
 @pytest.mark.parametrize(
     ("arguments", "status"),
     [
@@ -269,6 +242,7 @@ def test_what_is_refused_writes_nothing(
     assert (post(**arguments).status_code, written()) == (status, NOTHING)
 
 
+@pytest.mark.fault("F-H3")
 def test_a_reused_key_writes_nothing(post: Post, written: Callable[[], dict[str, int]]) -> None:
     """The order that the key stands for stays the only one."""
     post()
@@ -321,6 +295,7 @@ def test_a_refused_order_does_not_burn_its_key(post: Post) -> None:
     assert post(BODY | {"expectedAmount": "57000"}).status_code == 201
 
 
+@pytest.mark.fault("F-H4")
 def test_one_key_in_sixteen_threads_is_one_order(
     post: Post, written: Callable[[], dict[str, int]]
 ) -> None:
@@ -342,13 +317,12 @@ def test_one_key_in_sixteen_threads_is_one_order(
     )
 
 
-def test_a_key_in_use_is_a_conflict_at_once(post: Post, engine: Engine) -> None:
+@pytest.mark.usefixtures("held_key")
+def test_a_key_in_use_is_a_conflict_at_once(post: Post) -> None:
     """While another transaction holds the key, nobody waits for it."""
-    with engine.begin() as other:
-        idempotency.claim(other, use_of(BODY, key="key-1"))
-        sent_at = time.monotonic()
-        answer = post()
-        seconds = time.monotonic() - sent_at
+    sent_at = time.monotonic()
+    answer = post()
+    seconds = time.monotonic() - sent_at
     assert (
         answer.status_code,
         answer.get_json(force=True)["type"],
@@ -357,13 +331,13 @@ def test_a_key_in_use_is_a_conflict_at_once(post: Post, engine: Engine) -> None:
     ) == (409, f"{PROBLEM}request-in-flight", "1", True)
 
 
-def test_a_key_is_free_when_its_request_came_to_nothing(post: Post, engine: Engine) -> None:
+def test_a_key_is_free_when_its_request_came_to_nothing(post: Post, held_key: Connection) -> None:
     """A request that died with its connection holds its key no longer."""
-    with engine.connect() as other:
-        idempotency.claim(other, use_of(BODY, key="key-1"))
+    held_key.rollback()
     assert post().status_code == 201
 
 
+@pytest.mark.fault("F-H4")
 def test_the_unique_key_decides_where_the_lock_was_evaded(
     post: Post, engine: Engine, query: Query, wait_until: Callable[..., Any]
 ) -> None:
@@ -419,14 +393,177 @@ def test_an_order_that_failed_can_be_placed_again(
     assert (answer.status_code, "Idempotent-Replayed" in answer.headers) == (201, False)
 
 
-def test_a_locked_table_is_503_and_no_hang(post: Post, engine: Engine) -> None:
-    """A thread waits two seconds for a lock, no longer."""
+@pytest.fixture
+def in_session(app: Flask) -> Callable[[str], list[str]]:
+    """Give a function that executes SQL in the session of all orders, which is a new one."""
+    with app.app_context():
+        db.engine.dispose()
+
+    def execute(statement: str) -> list[str]:
+        with app.app_context(), db.engine.connect() as connection:
+            result = connection.exec_driver_sql(statement)
+            return list(result.scalars()) if result.returns_rows else []
+
+    return execute
+
+
+PREPARED = "SELECT name FROM pg_prepared_statements ORDER BY name"
+
+
+@pytest.mark.parametrize("lost", [slice(None), slice(1), slice(1, None)])
+def test_a_session_without_our_statements_is_given_them(
+    post: Post, in_session: Callable[[str], list[str]], lost: slice
+) -> None:
+    """Behind a transaction pooler it may be another one each time, with all, some or none."""
+    post()
+    prepared = in_session(PREPARED)
+    in_use_first = [each.name for each in (orders._TRY_LOCKS, *orders._TRY_LOCKS.vouches_for)]
+    for name in in_use_first[lost]:
+        in_session(f"DEALLOCATE {name}")
+    answer = post(key="key-2")
+    assert (answer.status_code, in_session(PREPARED), sorted(in_use_first)) == (
+        201,
+        prepared,
+        prepared,
+    )
+
+
+def test_a_column_that_changes_its_type_costs_no_order(
+    post: Post, query: Query, in_session: Callable[[str], list[str]]
+) -> None:
+    """What the session has prepared returns the old type, so it is prepared anew."""
+    post()
+    session = in_session("SELECT pg_backend_pid()")
+    query("ALTER TABLE products ALTER unit_price TYPE numeric(12, 2)")
+    try:
+        answer = post(key="key-2")
+    finally:
+        query("ALTER TABLE products ALTER unit_price TYPE numeric")
+    assert (answer.status_code, in_session("SELECT pg_backend_pid()")) == (201, session)
+
+
+@pytest.mark.parametrize("table", ["idempotency_keys", "orders", "products", "outbox"])
+def test_a_locked_table_is_503_and_no_hang(post: Post, engine: Engine, table: str) -> None:
+    """A thread waits two seconds for a lock, no longer; the client has done nothing wrong."""
     with engine.begin() as other:
-        other.execute(text("LOCK TABLE orders"))
+        other.execute(text(f"LOCK TABLE {table}"))
         sent_at = time.monotonic()
         answer = post()
         seconds = time.monotonic() - sent_at
     assert (answer.status_code, answer.headers["Retry-After"], seconds < 4) == (503, "1", True)
+
+
+@pytest.mark.parametrize(
+    "lock",
+    [
+        "SELECT pg_advisory_xact_lock(hashtextextended('user minji', 0))",
+        "SELECT pg_advisory_xact_lock(hashtextextended('recipient minji@example.com', 0))",
+    ],
+    ids=["user", "recipient"],
+)
+def test_too_many_at_once_are_429(post: Post, engine: Engine, lock: str) -> None:
+    """Whose turn to be counted does not come within two seconds has too many orders under way."""
+    with engine.begin() as other:
+        other.execute(text(lock))
+        answer = post()
+    assert (answer.status_code, answer.headers["Retry-After"]) == (429, "1")
+
+
+def test_a_replay_waits_for_no_other_order(post: Post, engine: Engine) -> None:
+    """What was placed is told whatever else the user and the recipient have under way."""
+    first = post()
+    with engine.begin() as other:
+        other.execute(text("SELECT pg_advisory_xact_lock(hashtextextended('user minji', 0))"))
+        assert post().data == first.data
+
+
+@pytest.mark.parametrize(("held", "granted"), [("user", 1), ("recipient", 2)])
+def test_the_user_is_locked_before_the_recipient(
+    post: Post,
+    engine: Engine,
+    query: Query,
+    wait_until: Callable[..., Any],
+    held: str,
+    granted: int,
+) -> None:
+    """Always in this order, so that no two orders wait for each other in a circle."""
+    name = {"user": "user minji", "recipient": "recipient minji@example.com"}[held]
+    waiting = """
+        SELECT count(*) FILTER (WHERE granted) AS granted FROM pg_locks
+         WHERE locktype = 'advisory' GROUP BY pid HAVING NOT bool_and(granted)
+    """
+    with ThreadPoolExecutor(1) as pool, engine.connect() as other:
+        other.execute(
+            text("SELECT pg_advisory_xact_lock(hashtextextended(:name, 0))"), {"name": name}
+        )
+        answer = pool.submit(post)
+        has = wait_until(lambda: query(waiting))[0].granted
+        other.rollback()
+        assert (has, answer.result().status_code) == (granted, 201)
+
+
+@pytest.fixture
+def end_sessions(query: Query) -> Callable[[], None]:
+    """Give a function that ends every other session, as a restart of the database does."""
+    return lambda: query("""
+        SELECT pg_terminate_backend(pid, 1000) FROM pg_stat_activity
+         WHERE datname = current_database() AND pid <> pg_backend_pid()
+           AND backend_type = 'client backend'
+    """)
+
+
+def test_orders_outlive_their_connections(post: Post, end_sessions: Callable[[], None]) -> None:
+    """A database that was restarted costs no order, however many connections were kept."""
+    together = threading.Barrier(POOL_SIZE)
+
+    def send(number: int) -> int:
+        together.wait()
+        status: int = post(key=f"key-{number}", user=f"user-{number}").status_code
+        return status
+
+    with ThreadPoolExecutor(POOL_SIZE) as pool:
+        before = list(pool.map(send, range(POOL_SIZE)))
+        end_sessions()
+        after = list(pool.map(send, range(POOL_SIZE, 2 * POOL_SIZE)))
+    assert before + after == [201] * 2 * POOL_SIZE
+
+
+def test_a_read_after_a_pause_outlives_its_connection(
+    post: Post, get: Get, end_sessions: Callable[[], None]
+) -> None:
+    """A connection that was not used for a second is tried before it is."""
+    location = post().headers["Location"]
+    time.sleep(PAUSE_SECONDS)
+    end_sessions()
+    assert get(location).status_code == 200
+
+
+@pytest.fixture
+def lost_at_commit(query: Query) -> Iterator[Callable[[], int]]:
+    """Let every COMMIT of an order lose its session; give a function that counts them."""
+    query("CREATE SEQUENCE commits")
+    query("""
+        CREATE FUNCTION lose() RETURNS trigger LANGUAGE plpgsql AS $$
+        BEGIN
+            PERFORM nextval('commits'), pg_terminate_backend(pg_backend_pid());
+            RETURN NULL;
+        END $$
+    """)
+    query("""
+        CREATE CONSTRAINT TRIGGER lost AFTER INSERT ON orders DEFERRABLE INITIALLY DEFERRED
+        FOR EACH ROW EXECUTE FUNCTION lose()
+    """)
+    yield lambda: query("SELECT last_value FROM commits")[0][0]
+    query("DROP FUNCTION lose CASCADE")
+    query("DROP SEQUENCE commits")
+
+
+def test_a_commit_without_an_answer_is_503_and_not_repeated(
+    post: Post, lost_at_commit: Callable[[], int]
+) -> None:
+    """Nobody knows what became of it: the client asks again, with the same key."""
+    answer = post()
+    assert (answer.status_code, answer.headers["Retry-After"], lost_at_commit()) == (503, "1", 1)
 
 
 def test_the_catalogue_is_for_everybody(app: Flask) -> None:

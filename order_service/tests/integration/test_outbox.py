@@ -32,7 +32,7 @@ def read_up_to(autocommit: Connection) -> Callable[..., None]:
 
 def find_lost(connection: Connection, *, end: int = END) -> Sequence[UUID]:
     """Decide on all published rows as the sweep does; return the events sent back."""
-    published = outbox.select_published(connection, limit=100)
+    published = outbox.select_published(connection, after=None, limit=100)
     lost = outbox.republish_lost(
         connection, topic_id=OURS, published=published, end_offsets={0: end}
     )
@@ -102,7 +102,9 @@ def test_only_what_is_due_is_selected(autocommit: Connection, add_event: AddEven
     """An event sent back waits for its time."""
     waiting = add_event()
     add_event(due_at="2999-01-01T00:00:00Z")
-    assert [record.id for record in outbox.select_init(autocommit, limit=10)] == [waiting]
+    assert [record.id for record in outbox.select_init(autocommit, after=None, limit=10)] == [
+        waiting
+    ]
 
 
 def test_the_oldest_are_selected_first(autocommit: Connection, add_event: AddEvent) -> None:
@@ -110,7 +112,10 @@ def test_the_oldest_are_selected_first(autocommit: Connection, add_event: AddEve
     first, second, third = uuid7(), uuid7(), uuid7()
     for event_id in (third, first, second):
         add_event(id=event_id)
-    assert [record.id for record in outbox.select_init(autocommit, limit=2)] == [first, second]
+    assert [record.id for record in outbox.select_init(autocommit, after=None, limit=2)] == [
+        first,
+        second,
+    ]
 
 
 @pytest.mark.parametrize(
@@ -161,19 +166,21 @@ def test_the_position_of_another_topic_proves_nothing(
     assert row_of(event_id).state == "PUBLISHED"
 
 
+@pytest.mark.fault("F-O14")
 @pytest.mark.parametrize("before", ["INIT", "COMPLETED", "FAILED"])
 def test_only_what_is_published_can_be_lost(
     autocommit: Connection, add_event: AddEvent, row_of: RowOf, before: str
 ) -> None:
     """A row that became something else after it was read is left alone."""
     event_id = add_event(state="PUBLISHED", topic_id=OURS, partition=0, offset=END)
-    published = outbox.select_published(autocommit, limit=10)
+    published = outbox.select_published(autocommit, after=None, limit=10)
     autocommit.exec_driver_sql("UPDATE outbox SET state = %s WHERE id = %s", (before, event_id))
     outbox.republish_lost(autocommit, topic_id=OURS, published=published, end_offsets={0: END})
     row = row_of(event_id)
     assert (row.state, row.republished_count) == (before, 0)
 
 
+@pytest.mark.fault("F-O14")
 @pytest.mark.parametrize(
     "changed",
     ['"offset" = 15', '"offset" = NULL', "partition = 1", f"topic_id = '{EARLIER}'"],
@@ -183,7 +190,7 @@ def test_an_event_published_anew_in_between_is_left_alone(
 ) -> None:
     """The row must still be what was read when the broker was asked."""
     event_id = add_event(state="PUBLISHED", topic_id=OURS, partition=0, offset=END)
-    published = outbox.select_published(autocommit, limit=10)
+    published = outbox.select_published(autocommit, after=None, limit=10)
     autocommit.exec_driver_sql(f"UPDATE outbox SET {changed}")
     outbox.republish_lost(autocommit, topic_id=OURS, published=published, end_offsets={0: END})
     assert row_of(event_id).state == "PUBLISHED"
@@ -207,7 +214,7 @@ def test_a_lost_event_is_published_again_at_growing_intervals(
     assert (
         row.state,
         row.republished_count,
-        seconds <= (row.due_at - asked_at).total_seconds() < seconds + 1,
+        seconds <= (row.due_at - asked_at).total_seconds() < 2 * seconds,
     ) == ("INIT", republished + 1, True)
 
 
@@ -237,7 +244,7 @@ def test_a_recreated_topic_gets_its_events_again(
     read_up_to(POSITION, topic_id=EARLIER)
     old = add_event(state="COMPLETED", topic_id=EARLIER, partition=0, offset=5)
     new = add_event(state="COMPLETED", topic_id=OURS, partition=0, offset=5)
-    outbox.republish_into_new_topic(autocommit, topic_id=OURS, limit=10)
+    outbox.republish_into_new_topic(autocommit, topic_id=OURS, after=None, limit=10)
     assert (row_of(old).state, row_of(new).state) == ("INIT", "COMPLETED")
 
 
@@ -248,8 +255,13 @@ def test_a_recreated_topic_gets_its_events_at_a_bounded_rate(
     read_up_to(POSITION, topic_id=EARLIER)
     for _ in range(5):
         add_event(state="COMPLETED", topic_id=EARLIER, partition=0, offset=5)
-    moved = [outbox.republish_into_new_topic(autocommit, topic_id=OURS, limit=2) for _ in range(4)]
-    assert moved == [2, 2, 1, 0]
+    moved: list[list[UUID]] = []
+    for _ in range(4):
+        last = moved[-1][-1] if moved else None
+        moved.append(
+            outbox.republish_into_new_topic(autocommit, topic_id=OURS, after=last, limit=2)
+        )
+    assert [len(batch) for batch in moved] == [2, 2, 1, 0]
 
 
 def test_a_topic_that_is_the_same_gets_nothing_again(
@@ -258,7 +270,7 @@ def test_a_topic_that_is_the_same_gets_nothing_again(
     """Time alone republishes nothing."""
     read_up_to(POSITION)
     event_id = add_event(state="COMPLETED", topic_id=OURS, partition=0, offset=5)
-    outbox.republish_into_new_topic(autocommit, topic_id=OURS, limit=10)
+    outbox.republish_into_new_topic(autocommit, topic_id=OURS, after=None, limit=10)
     assert row_of(event_id).state == "COMPLETED"
 
 

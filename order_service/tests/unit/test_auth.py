@@ -3,8 +3,11 @@ import hashlib
 import hmac
 import json
 import os
+import socket
+import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +20,7 @@ from flask.testing import FlaskClient
 
 from order_service.auth import Principal, TokenVerifier
 from order_service.cli import commands
-from order_service.errors import NotAuthenticated
+from order_service.errors import NotAuthenticated, TemporarilyUnavailable
 from order_service.operate.token import KEY_ID, signing_key
 from order_service.settings import Settings
 
@@ -279,6 +282,87 @@ def test_the_command_issues_nothing_where_tokens_are_an_issuers(
     """In production, and beside a real issuer, no token of ours exists."""
     result = CliRunner().invoke(commands, ["token", "--user", "minji"], env=environment | changed)
     assert (result.exit_code, result.output) == (
-        1,
+        3,
         "Error: tokens come from your issuer; AUTH_JWKS is not a file of ours\n",
     )
+
+
+class Issuer(BaseHTTPRequestHandler):
+    """Serves the keys of an issuer, as often as it is asked."""
+
+    jwks = b"{}"
+    asked_count = 0
+
+    def do_GET(self) -> None:
+        """Count and answer."""
+        type(self).asked_count += 1
+        self.send_response(200)
+        self.end_headers()
+        self.wfile.write(self.jwks)
+
+    def log_message(self, *_: object) -> None:
+        """Be silent."""
+
+
+@pytest.fixture
+def issuer(settings: Settings, key: rsa.RSAPrivateKey) -> Iterator[HTTPServer]:
+    """Run an issuer whose keys are those of the file."""
+    Issuer.jwks, Issuer.asked_count = Path(settings.auth_jwks).read_bytes(), 0
+    with HTTPServer(("127.0.0.1", 0), Issuer) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield server
+        server.shutdown()
+
+
+def verifier_at(port: int, settings: Settings) -> TokenVerifier:
+    return TokenVerifier(
+        issuer=settings.auth_issuer,
+        audience=settings.auth_audience,
+        jwks=f"http://127.0.0.1:{port}/jwks.json",
+    )
+
+
+def test_an_issuer_is_asked_once_for_keys_that_are_known_or_made_up(
+    issuer: HTTPServer, settings: Settings, sign: Callable[..., str]
+) -> None:
+    """Tokens that name keys at random do not become requests to the issuer."""
+    verifier = verifier_at(issuer.server_port, settings)
+    assert verifier.verify(sign()).user_id == "user-7"
+    for number in range(20):
+        forged = encoded({"alg": "RS256", "kid": f"made-up-{number}"}).decode() + ".e30.x"
+        with pytest.raises(NotAuthenticated):
+            verifier.verify(forged)
+    assert Issuer.asked_count == 1
+
+
+def test_an_issuer_that_does_not_answer_is_no_fault_of_the_client(
+    settings: Settings, sign: Callable[..., str], free_port: int
+) -> None:
+    """Nobody knows whether the token is good: 503, and not 401."""
+    verifier = verifier_at(free_port, settings)
+    for _ in range(2):
+        with pytest.raises(TemporarilyUnavailable):
+            verifier.verify(sign())
+
+
+def test_keys_that_are_known_outlive_their_issuer(
+    issuer: HTTPServer,
+    settings: Settings,
+    sign: Callable[..., str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """An issuer that is away for a while locks nobody out."""
+    verifier = verifier_at(issuer.server_port, settings)
+    verifier.verify(sign())
+    issuer.shutdown()
+    issuer.server_close()
+    monkeypatch.setattr("order_service.auth.JWKS_REFRESH_SECONDS", 0)
+    assert verifier.verify(sign()).user_id == "user-7"
+
+
+@pytest.fixture
+def free_port() -> int:
+    """Find a port nobody listens on."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port: int = server.getsockname()[1]
+        return port

@@ -12,7 +12,15 @@ from cloudevents.core.base import BaseCloudEvent
 from cloudevents.core.bindings.kafka import KafkaMessage, from_binary_event
 from jsonschema import Draft202012Validator
 
-from order_service.events import Event, PlacedOrder, instant, order_created
+from order_service.events import (
+    ERASED_ADDRESS,
+    Event,
+    PlacedOrder,
+    erased,
+    instant,
+    masked_address,
+    order_created,
+)
 
 EVENT_ID = UUID("01936f6e-7c1a-7000-8000-0000000000e1")
 SEOUL = timezone(timedelta(hours=9))
@@ -128,3 +136,34 @@ def test_a_cloudevents_reader_finds_the_attributes(parsed: BaseCloudEvent) -> No
 def test_a_cloudevents_reader_finds_the_data(parsed: BaseCloudEvent, event: Event) -> None:
     """The SDK reads the value as the data."""
     assert parsed.get_data() == json.loads(event.value)
+
+
+def test_a_trace_goes_on_with_the_event(order: PlacedOrder) -> None:
+    """What follows from the order can be found from the request that placed it."""
+    trace = "00-4bf92f3577b34da6a3ce929d0e0e4736-00f067aa0ba902b7-01"
+    traced = order_created(order, event_id=EVENT_ID, traceparent=trace)
+    assert traced.headers["traceparent"] == trace
+    assert "traceparent" not in order_created(order, event_id=EVENT_ID).headers
+
+
+def test_an_erased_event_is_the_event_of_an_erased_address(order: PlacedOrder) -> None:
+    """To the byte what would have been written, so all but the address stays; once is enough."""
+    value = order_created(order, event_id=EVENT_ID).value
+    anonymous = order_created(replace(order, email=ERASED_ADDRESS), event_id=EVENT_ID).value
+    assert (erased(value), erased(anonymous)) == (anonymous, anonymous)
+
+
+def test_an_erased_event_is_as_the_contract_says(
+    event: Event, faults: Callable[[bytes], list[str]]
+) -> None:
+    """Whoever reads the topic can read it."""
+    assert faults(erased(event.value)) == []
+
+
+@pytest.mark.parametrize(
+    ("address", "shown"),
+    [("minji@example.com", "m***@e***"), ("", "***@***"), ("민지@예시.kr", "민***@예***")],
+)
+def test_a_masked_address_shows_two_letters(address: str, shown: str) -> None:
+    """Enough to tell addresses apart, not enough to write to one."""
+    assert masked_address(address) == shown

@@ -22,7 +22,7 @@ def test_a_problem_is_rfc_9457(post: Post) -> None:
             "type": "about:blank",
             "title": "Unprocessable Entity",
             "status": 422,
-            "detail": "The body is not as it should be.",
+            "detail": "The request is not as described.",
             "errors": [{"pointer": "/items", "detail": "Length must be between 1 and 50."}],
         },
     )
@@ -133,3 +133,17 @@ def test_the_description_is_openapi(client: FlaskClient) -> None:
         "3.1.0",
         ["/v1/orders", "/v1/orders/{order_id}", "/v1/products"],
     )
+
+
+@pytest.mark.parametrize(
+    ("query", "expected"), [("limit=0", ["limit"]), ("limit=x&cursor=y", ["cursor", "limit"])]
+)
+def test_a_parameter_at_fault_is_named(
+    client: FlaskClient, sign: Callable[..., str], query: str, expected: list[str]
+) -> None:
+    """No JSON Pointer leads into a query: its faults go by the parameter's name."""
+    headers = {"Authorization": f"Bearer {sign()}"}
+    answer = client.get(f"/v1/orders?{query}", headers=headers)
+    assert answer.status_code == 422
+    faults = answer.get_json(force=True)["errors"]
+    assert sorted(fault["parameter"] for fault in faults) == expected

@@ -51,6 +51,7 @@ def test_a_price_has_the_digits_of_its_currency(currency: str, written: str, kep
         ("KRW", "", "Not a decimal string."),
         ("KRW", "1e3", "Not a decimal string."),
         ("KRW", "NaN", "Not a decimal string."),
+        ("KRW", "20020020021", "Must be less than 20020020020."),
     ],
 )
 def test_a_price_that_is_none_is_a_fault(currency: str, price: str, fault: str) -> None:
@@ -105,3 +106,11 @@ def test_a_file_that_is_not_utf8_is_refused_by_name(
     path.write_text(f"{HEADER}A,녹차,a,1\n", encoding="cp949")
     result = CliRunner().invoke(commands, ["products", "load", str(path)], env=environment)
     assert result.output.startswith("Error: ")
+
+
+def test_a_file_that_is_no_csv_is_refused(environment: dict[str, str], tmp_path: Path) -> None:
+    """A quote that never ends swallows the file: that is said, too."""
+    path = tmp_path / "products.csv"
+    path.write_text(f'{HEADER}A,"{"가" * 200_000}', encoding="utf-8")
+    result = CliRunner().invoke(commands, ["products", "load", str(path)], env=environment)
+    assert (result.exit_code, result.output.startswith("Error: ")) == (1, True)

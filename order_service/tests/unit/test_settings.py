@@ -55,6 +55,10 @@ def test_the_rest_has_defaults(settings: Settings) -> None:
         ("SHOP_CURRENCY", "krw"),
         ("LOG_LEVEL", "TRACE"),
         ("PROBE_PORT", "8001.5"),
+        ("PROBE_PORT", "65536"),
+        ("HTTP_PORT", "0"),
+        ("DATABASE_URL", "db.example.com/orders"),
+        ("DATABASE_URL", "mysql://db.example.com/orders"),
     ],
 )
 def test_a_value_that_cannot_be_used_is_refused(

@@ -5,9 +5,10 @@ from flask import Flask
 
 from order_service import api
 from order_service.docs import DescribedApi
+from order_service.operate.output import examples
 
 
-@click.command()
+@click.command(epilog=examples("order-service openapi > openapi.json"))
 def openapi() -> None:
     """Print the OpenAPI document, as /openapi.json serves it; needs no settings."""
     app = Flask("order_service")

@@ -12,17 +12,20 @@ from marshmallow import Schema, ValidationError, fields, validate
 from order_service import catalogue
 from order_service.catalogue import CatalogueEntry
 from order_service.models import make_engine
-from order_service.schemas import SKU, Money
+from order_service.operate.output import examples
+from order_service.schemas import MAX_ITEMS, MAX_QUANTITY, SKU, Money
 from order_service.settings import Settings
 
 NAME = validate.Length(min=1, max=200)
+# The largest order must come to an amount that the contract can say: 15 digits.
+PRICE = validate.Range(max=10**15 // (MAX_ITEMS * MAX_QUANTITY), max_inclusive=False)
 
 
 class _Row(Schema):
     sku = fields.String(required=True, validate=SKU)
     name_ko = fields.String(required=True, validate=NAME)
     name_en = fields.String(required=True, validate=NAME)
-    unit_price = Money(required=True)
+    unit_price = Money(required=True, validate=PRICE)
 
 
 @click.group()
@@ -30,7 +33,7 @@ def products() -> None:
     """Keep the catalogue."""
 
 
-@products.command()
+@products.command(epilog=examples("order-service products load products.csv"))
 @click.argument("path", type=click.Path(exists=True, dir_okay=False, path_type=Path))
 def load(path: Path) -> None:
     """Insert or update the products of a CSV: sku,name_ko,name_en,unit_price.
@@ -41,8 +44,8 @@ def load(path: Path) -> None:
     try:
         with path.open(encoding="utf-8-sig", newline="") as file:
             entries, faults = read(file, currency=settings.shop_currency)
-    except UnicodeDecodeError as error:
-        raise click.ClickException(f"{path} is not UTF-8: {error}") from error
+    except (UnicodeDecodeError, csv.Error) as error:
+        raise click.ClickException(f"{path} is no CSV in UTF-8: {error}") from error
     if not entries and not faults:
         faults = ["there is no product in it"]
     if faults:

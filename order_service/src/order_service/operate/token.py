@@ -10,13 +10,19 @@ from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric import rsa
 from jwt.algorithms import RSAAlgorithm
 
+from order_service.operate.output import CannotBeDone, examples
 from order_service.settings import Settings
 
 KEY_ID = "development"
 KEY_BITS = 2048
 
 
-@click.command()
+@click.command(
+    epilog=examples(
+        "order-service token --user minji",
+        "order-service token --user minji --scope orders:read --hours 1",
+    )
+)
 @click.option("--user", required=True, help="The token's subject.")
 @click.option("--scope", default="orders:read orders:write", show_default=True)
 @click.option("--hours", default=12, show_default=True, type=click.IntRange(1, 24 * 7))
@@ -27,7 +33,7 @@ def token(user: str, scope: str, hours: int) -> None:
     """
     settings = Settings.from_environment()
     if settings.app_env == "production" or "://" in settings.auth_jwks:
-        raise click.ClickException("tokens come from your issuer; AUTH_JWKS is not a file of ours")
+        raise CannotBeDone("tokens come from your issuer; AUTH_JWKS is not a file of ours")
     now = int(time.time())
     claims = {
         "iss": settings.auth_issuer,
@@ -47,7 +53,7 @@ def signing_key(jwks: Path) -> rsa.RSAPrivateKey:
     if private.exists():
         key = serialization.load_pem_private_key(private.read_bytes(), password=None)
         if not isinstance(key, rsa.RSAPrivateKey):
-            raise click.ClickException(f"{private} is not an RSA key")
+            raise CannotBeDone(f"{private} is not an RSA key")
         return key
     key = rsa.generate_private_key(public_exponent=65537, key_size=KEY_BITS)
     jwks.parent.mkdir(parents=True, exist_ok=True)
