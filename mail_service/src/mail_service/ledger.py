@@ -1,86 +1,98 @@
 """The ledger: a row for each mail, and a statement for each arrow.
 
     take in ─▶ SENDING ─250─▶ SENT            RETRY ─due─▶ SENDING
+    take in ─after a rewind─▶ HELD            take in ─too old─▶ DEAD
                SENDING ─not now─▶ RETRY       SENDING ─refused for good, expired─▶ DEAD
                SENDING ─lease ended, answer lost─▶ UNKNOWN ─due─▶ SENDING (once)
+               SENDING ─not for this environment─▶ HELD
 
-A row is claimed before the SMTP dialogue and SENT right after the 250. A 250 is a fact: it is
-written whatever became of the claim. Open rows keep the event's bytes; SENT holds no address.
+The arrows that people take are in `decisions.py`. A row is claimed before the SMTP dialogue and
+SENT right after the 250. A 250 is a fact: it is written whatever became of the claim. Open rows
+keep the event's bytes; SENT holds no address.
 """
 
 import json
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
+from importlib.metadata import version
 from typing import Any
 from uuid import UUID
 
 from sqlalchemy import Connection, text
 
+from mail_service import positions
+from mail_service.models import columns
+from mail_service.positions import Move, PositionMoved
+from mail_service.startup import StartUpRefused
+
 KIND = "order-confirmation"
 FROM_EVENTS = ""
+RELEASE = version("mail-service")
 
-_TAKE_IN = text("""
-    INSERT INTO deliveries
-           (kind, order_id, campaign, message_id, event, event_at, topic_id, partition,
-            "offset", give_up_at, state, owner, attempts, reason)
-    SELECT :kind, order_id, :campaign, message_id, event, event_at, topic_id, partition,
-           "offset", give_up_at,
-           CASE WHEN give_up_at > now() THEN 'SENDING' ELSE 'DEAD' END,
-           CASE WHEN give_up_at > now() THEN CAST(:replica_id AS uuid) END,
-           CASE WHEN give_up_at > now() THEN 1 ELSE 0 END,
-           CASE WHEN give_up_at > now() THEN NULL ELSE 'expired' END
-      FROM unnest(CAST(:order_ids AS text[]), CAST(:message_ids AS text[]),
-                  CAST(:events AS bytea[]), CAST(:event_ats AS timestamptz[]),
-                  CAST(:topic_ids AS text[]), CAST(:partitions AS integer[]),
-                  CAST(:offsets AS bigint[]), CAST(:give_up_ats AS timestamptz[]))
-           AS mail (order_id, message_id, event, event_at, topic_id, partition, "offset",
-                    give_up_at)
-     ORDER BY order_id
-    ON CONFLICT (kind, order_id, campaign) DO NOTHING
-    RETURNING id, order_id, message_id, event, event_at, give_up_at, attempts, unknown_count
-""")
-
-_INSERT_DEAD_LETTERS = text("""
-    INSERT INTO dead_letters
-           (topic_id, partition, "offset", key, value, value_sha256, headers, reason)
-    VALUES (:topic_id, :partition, :offset, :key, :value, :value_sha256, CAST(:headers AS json),
-            :reason)
-    ON CONFLICT (topic_id, partition, "offset") DO NOTHING
-""")
-
-# Forward only, and only from where this take-in began: a position that was set back in between,
-# by a restore or an operator, must be read from anew, not jumped over.
-_MOVE_POSITIONS = text("""
-    UPDATE positions
-       SET next_offset = greatest(positions.next_offset, moved.next_offset)
-      FROM unnest(CAST(:topic_ids AS text[]), CAST(:partitions AS integer[]),
-                  CAST(:epochs AS integer[]), CAST(:began_ats AS bigint[]),
-                  CAST(:next_offsets AS bigint[]))
-           AS moved (topic_id, partition, epoch, began_at, next_offset)
-     WHERE positions.topic_id = moved.topic_id AND positions.partition = moved.partition
-       AND positions.epoch = moved.epoch AND positions.next_offset >= moved.began_at
-""")
-
-_POSITION = text("""
-    SELECT next_offset, epoch FROM positions WHERE topic_id = :topic_id AND partition = :partition
-""")
-
-_OPEN_POSITION = text("""
-    INSERT INTO positions (cluster_id, topic_id, partition, next_offset)
-    VALUES (:cluster_id, :topic_id, :partition, :next_offset)
-    ON CONFLICT (topic_id, partition) DO NOTHING
-""")
+# One statement, so one transaction and one round trip: positions, rows, dead letters, or nothing.
+# An order that comes twice in a batch is the mail of its first record.
+_TAKE_IN = text(f"""
+    WITH {positions.MOVE}, letters AS (
+        INSERT INTO dead_letters
+               (topic_id, partition, "offset", key, value, value_sha256, headers, reason)
+        SELECT topic_id, partition, "offset", key, value, value_sha256, CAST(headers AS json),
+               reason
+          FROM unnest(CAST(:letter_topic_ids AS text[]), CAST(:letter_partitions AS integer[]),
+                      CAST(:letter_offsets AS bigint[]), CAST(:letter_keys AS bytea[]),
+                      CAST(:letter_values AS bytea[]), CAST(:letter_value_sha256s AS text[]),
+                      CAST(:letter_headerss AS text[]), CAST(:letter_reasons AS text[]))
+               AS letter (topic_id, partition, "offset", key, value, value_sha256, headers, reason),
+               may
+         WHERE may.move
+        ON CONFLICT (topic_id, partition, "offset") DO NOTHING
+    ), new AS (
+        SELECT mail.*,
+               CASE WHEN is_held THEN 'HELD'
+                    WHEN give_up_at > now() THEN 'SENDING'
+                    ELSE 'DEAD' END AS state
+          FROM unnest(CAST(:order_ids AS text[]), CAST(:message_ids AS text[]),
+                      CAST(:events AS bytea[]), CAST(:event_ats AS timestamptz[]),
+                      CAST(:give_up_ats AS timestamptz[]), CAST(:topic_ids AS text[]),
+                      CAST(:partitions AS integer[]), CAST(:offsets AS bigint[]),
+                      CAST(:is_helds AS boolean[])) WITH ORDINALITY
+               AS mail (order_id, message_id, event, event_at, give_up_at, topic_id, partition,
+                        "offset", is_held, number),
+               may
+         WHERE may.move
+    ), written AS (
+        INSERT INTO deliveries
+               (kind, order_id, campaign, message_id, event, event_at, topic_id, partition,
+                "offset", give_up_at, state, owner, attempts, reason)
+        SELECT :kind, order_id, :campaign, message_id, event, event_at, topic_id, partition,
+               "offset", give_up_at, state,
+               CASE state WHEN 'SENDING' THEN CAST(:replica_id AS uuid) END,
+               CASE state WHEN 'SENDING' THEN 1 ELSE 0 END,
+               CASE state WHEN 'HELD' THEN 'taken in after a rewind' WHEN 'DEAD' THEN 'expired' END
+          FROM new
+         ORDER BY order_id, number
+        ON CONFLICT (kind, order_id, campaign) DO NOTHING
+        RETURNING id, order_id, state
+    )
+    SELECT may.move, written.id, written.order_id, written.state
+      FROM may LEFT JOIN written ON true
+""")  # noqa: S608 - both texts are ours
 
 _CLAIM_DUE = text("""
     UPDATE deliveries
        SET state = 'SENDING', owner = :replica_id, attempts = attempts + 1, due_at = NULL
      WHERE id IN (SELECT id FROM deliveries
                    WHERE state IN ('RETRY', 'UNKNOWN') AND due_at <= now() AND give_up_at > now()
+                     AND EXISTS (SELECT FROM replicas
+                                  WHERE id = :replica_id AND lease_until >= :lease_until)
+                     AND id <> ALL(CAST(:in_hand AS bigint[]))
+                     AND NOT (SELECT is_paused FROM control)
                    ORDER BY due_at
                    LIMIT :limit
                    FOR UPDATE SKIP LOCKED)
-    RETURNING id, order_id, message_id, event, event_at, give_up_at, attempts, unknown_count
+    RETURNING id, order_id, message_id, event, event_at, give_up_at, attempts, unknown_count,
+              suspected_at
 """)
 
 # What may have been sent stays UNKNOWN, for a person to settle.
@@ -99,7 +111,7 @@ _SENDING_TO_UNKNOWN = text("""
            due_at = CASE WHEN :is_resent AND unknown_count = 0
                          THEN now() + :delay_seconds * interval '1 second' END,
            reason = 'lease ended'
-     WHERE state = 'SENDING'
+     WHERE state = 'SENDING' AND id <> ALL(CAST(:in_hand AS bigint[]))
        AND NOT EXISTS (SELECT FROM replicas
                         WHERE replicas.id = deliveries.owner AND replicas.lease_until > now())
 """)
@@ -109,49 +121,72 @@ _STRAY_TO_RETRY = text("""
     UPDATE deliveries
        SET state = 'RETRY', owner = NULL, attempts = attempts - 1, due_at = now(),
            reason = 'claim not confirmed'
-     WHERE state = 'SENDING' AND owner = :replica_id AND id <> ALL(CAST(:in_slots AS bigint[]))
+     WHERE state = 'SENDING' AND owner = :replica_id AND id <> ALL(CAST(:in_hand AS bigint[]))
 """)
 
+# What was erased meanwhile stays so; that it was accepted is a fact all the same. A ledger that was
+# restored gives ids out again: the Message-ID says whether this is still that mail.
 _ANY_TO_SENT = text("""
     UPDATE deliveries
-       SET state = 'SENT', event = NULL, owner = NULL, due_at = NULL, reason = NULL,
-           sent_at = clock_timestamp(), sent_by = :sent_by, reply = sent.reply
-      FROM unnest(CAST(:ids AS bigint[]), CAST(:replies AS text[])) AS sent (id, reply)
-     WHERE deliveries.id = sent.id AND deliveries.state NOT IN ('SENT', 'ERASED')
+       SET state = CASE state WHEN 'ERASED' THEN 'ERASED' ELSE 'SENT' END,
+           event = NULL, owner = NULL, due_at = NULL, reason = NULL,
+           sent_at = clock_timestamp(), sent_by = :sent_by, reply = sent.reply,
+           release = :release, template_digest = :template_digest
+      FROM unnest(CAST(:ids AS bigint[]), CAST(:message_ids AS text[]), CAST(:replies AS text[]))
+           AS sent (id, message_id, reply)
+     WHERE deliveries.id = sent.id AND deliveries.message_id = sent.message_id
+       AND deliveries.sent_at IS NULL
 """)
 
 _SENDING_TO_OPEN = text("""
     UPDATE deliveries
-       SET state = :state, owner = NULL, reason = :reason,
-           due_at = now() + :due_seconds * interval '1 second',
-           unknown_count = unknown_count + CASE WHEN :state = 'UNKNOWN' THEN 1 ELSE 0 END
-     WHERE id = :id AND state = 'SENDING' AND owner = :replica_id AND attempts = :attempts
+       SET state = ended.state, owner = NULL, reason = ended.reason,
+           due_at = now() + ended.due_seconds * interval '1 second',
+           attempts = deliveries.attempts - CASE WHEN ended.is_attempt THEN 0 ELSE 1 END,
+           suspected_at = coalesce(ended.suspected_at, deliveries.suspected_at),
+           unknown_count = unknown_count + CASE WHEN ended.state = 'UNKNOWN' THEN 1 ELSE 0 END
+      FROM unnest(CAST(:ids AS bigint[]), CAST(:attemptss AS integer[]), CAST(:states AS text[]),
+                  CAST(:reasons AS text[]), CAST(:due_secondss AS double precision[]),
+                  CAST(:is_attempts AS boolean[]), CAST(:suspected_ats AS timestamptz[]))
+           AS ended (id, attempts, state, reason, due_seconds, is_attempt, suspected_at)
+     WHERE deliveries.id = ended.id AND deliveries.state = 'SENDING'
+       AND deliveries.owner = :replica_id AND deliveries.attempts = ended.attempts
 """)
 
-_RENEW_LEASE = text("""
+# A lease that is there already was taken by a commit whose answer never came back.
+_TAKE_LEASE = text("""
     INSERT INTO replicas (id, name, lease_until)
     VALUES (:id, :name, now() + :lease_seconds * interval '1 second')
     ON CONFLICT (id) DO UPDATE SET lease_until = excluded.lease_until
+    RETURNING clock_timestamp() AS at, lease_until AS until
+""")
+
+# A ledger that knows less of this lease than was confirmed was set back while the replica worked.
+# Whoever is long gone is forgotten with it.
+_RENEW_LEASE = text("""
+    WITH forgotten AS (
+        DELETE FROM replicas WHERE lease_until < now() - interval '1 day' AND id <> :id
+    )
+    UPDATE replicas SET lease_until = now() + :lease_seconds * interval '1 second'
+     WHERE id = :id AND lease_until >= :known_until
+    RETURNING clock_timestamp() AS at, lease_until AS until
 """)
 
 _END_LEASE = text("DELETE FROM replicas WHERE id = :id")
 
-_FORGET_REPLICAS = text("""
-    DELETE FROM replicas WHERE lease_until < now() - interval '1 day'
+# A closed row is what keeps an order from being mailed again: it must outlive its record.
+_PURGE_CLOSED = text("""
+    DELETE FROM deliveries
+     WHERE id IN (SELECT id
+                    FROM deliveries
+                    JOIN unnest(CAST(:topic_ids AS text[]), CAST(:partitions AS integer[]),
+                                CAST(:starts AS bigint[])) AS log (topic_id, partition, start)
+                         ON log.partition = deliveries.partition
+                   WHERE state IN ('SENT', 'ERASED')
+                     AND taken_in_at < now() - :days * interval '1 day'
+                     AND (deliveries.topic_id <> log.topic_id OR "offset" < log.start)
+                   LIMIT :limit)
 """)
-
-_SHOW = text("""
-    SELECT deliveries.order_id, campaign, state, attempts, message_id, topic_id, partition,
-           "offset", taken_in_at, due_at, give_up_at, reason, sent_at, sent_by, reply,
-           coalesce(replicas.name, deliveries.owner::text) AS owner
-      FROM deliveries LEFT JOIN replicas ON replicas.id = deliveries.owner
-     WHERE order_id = :order_id
-     ORDER BY campaign
-""")
-
-
-class PositionMoved(Exception):
-    """The position is not where this take-in began: nothing was written; seek anew."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -166,6 +201,7 @@ class NewMail:
     topic_id: str
     partition: int
     offset: int
+    is_held: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -180,6 +216,41 @@ class Mail:
     give_up_at: datetime
     attempts: int
     unknown_count: int
+    suspected_at: datetime | None
+
+
+@dataclass(frozen=True, slots=True)
+class NotSent:
+    """What became of a claimed mail that was not sent, as far as is known.
+
+    No due time means a person. An attempt that put the relay to the test and not the mail is given
+    back: it was none.
+    """
+
+    id: int
+    attempts: int
+    state: str
+    reason: str
+    due_seconds: float | None
+    is_attempt: bool = True
+    suspected_at: datetime | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Renewal:
+    """The ledger's time, and until when a lease runs by it."""
+
+    at: datetime
+    until: datetime
+
+
+@dataclass(frozen=True, slots=True)
+class TakenIn:
+    """What became of the mails of a batch; those that are neither were known before."""
+
+    claimed: Sequence[Mail]
+    held: int = 0
+    expired: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -196,25 +267,6 @@ class NewDeadLetter:
     reason: str
 
 
-@dataclass(frozen=True, slots=True)
-class Move:
-    """A partition read from `began_at` up to, not including, `next_offset`."""
-
-    topic_id: str
-    partition: int
-    epoch: int
-    began_at: int
-    next_offset: int
-
-
-@dataclass(frozen=True, slots=True)
-class Start:
-    """Where to read a partition from, and under which epoch."""
-
-    next_offset: int
-    epoch: int
-
-
 def take_in(
     connection: Connection,
     *,
@@ -222,110 +274,121 @@ def take_in(
     mails: Sequence[NewMail],
     dead_letters: Sequence[NewDeadLetter],
     moves: Sequence[Move],
-) -> list[Mail]:
-    """Write what a batch of records becomes, and how far was read; return the claimed mails.
+) -> TakenIn:
+    """Write what a batch of records becomes, and how far was read.
 
-    An order already known is not claimed again, one too old to be mailed is DEAD at once. Raises
-    PositionMoved when a partition is no longer where the batch began: the caller's transaction must
-    then be rolled back.
+    An order already known is not claimed again, one too old to be mailed is DEAD at once, and one
+    that may have been mailed before a rewind is HELD. Raises PositionMoved, with nothing written,
+    when a partition is no longer where the batch began.
     """
-    moved = connection.execute(_MOVE_POSITIONS, _columns(moves, Move)).rowcount
-    if moved != len(moves):
-        raise PositionMoved
-    for letter in dead_letters:
-        connection.execute(
-            _INSERT_DEAD_LETTERS,
-            {
-                **{name: getattr(letter, name) for name in NewDeadLetter.__slots__},
-                "headers": json.dumps(letter.headers),
-            },
-        )
-    if not mails:
-        return []
-    claimed = connection.execute(
+    rows = connection.execute(
         _TAKE_IN,
         {
-            **_columns(mails, NewMail),
+            **columns(mails, NewMail),
+            **positions.as_moved(moves),
+            **columns(dead_letters, NewDeadLetter, prefix="letter_"),
+            "letter_headerss": [json.dumps(letter.headers) for letter in dead_letters],
             "kind": KIND,
             "campaign": FROM_EVENTS,
             "replica_id": replica_id,
         },
-    )
-    return [mail for row in claimed if (mail := _mail(row)).attempts]
+    ).all()
+    if not rows[0].move:
+        raise PositionMoved
+    first: dict[str, NewMail] = {}
+    for mail in mails:
+        first.setdefault(mail.order_id, mail)
+    claimed = [_claimed(first[row.order_id], row.id) for row in rows if row.state == "SENDING"]
+    states = Counter(row.state for row in rows)
+    return TakenIn(claimed, held=states["HELD"], expired=states["DEAD"])
 
 
-def take_up(connection: Connection, *, replica_id: UUID, limit: int) -> list[Mail]:
-    """Claim the mails that are due, oldest first; those too old to be sent expire."""
+def take_up(
+    connection: Connection,
+    *,
+    replica_id: UUID,
+    lease_until: datetime,
+    in_hand: Sequence[int],
+    limit: int,
+) -> list[Mail]:
+    """Claim the mails that are due, oldest first; those too old to be sent expire.
+
+    None in a ledger that does not know the replica's lease as it was confirmed.
+
+    What is in one of the caller's own slots is under way, whatever the ledger says.
+    """
     connection.execute(_DUE_TO_EXPIRED)
-    return [
-        _mail(row)
-        for row in connection.execute(_CLAIM_DUE, {"replica_id": replica_id, "limit": limit})
-    ]
+    which = {
+        "replica_id": replica_id,
+        "lease_until": lease_until,
+        "in_hand": list(in_hand),
+        "limit": limit,
+    }
+    return [_mail(dict(row._mapping)) for row in connection.execute(_CLAIM_DUE, which)]
 
 
-def end_leases(connection: Connection, *, is_resent: bool, delay_seconds: float) -> int:
+def end_leases(
+    connection: Connection, *, in_hand: Sequence[int], is_resent: bool, delay_seconds: float
+) -> int:
     """Make UNKNOWN what was in the hands of replicas that are gone; return how many."""
     return connection.execute(
-        _SENDING_TO_UNKNOWN, {"is_resent": is_resent, "delay_seconds": delay_seconds}
+        _SENDING_TO_UNKNOWN,
+        {"in_hand": list(in_hand), "is_resent": is_resent, "delay_seconds": delay_seconds},
     ).rowcount
 
 
-def release_stray(connection: Connection, *, replica_id: UUID, in_slots: Sequence[int]) -> None:
+def release_stray(connection: Connection, *, replica_id: UUID, in_hand: Sequence[int]) -> None:
     """Make due what this replica owns and has in no slot."""
-    connection.execute(_STRAY_TO_RETRY, {"replica_id": replica_id, "in_slots": list(in_slots)})
+    connection.execute(_STRAY_TO_RETRY, {"replica_id": replica_id, "in_hand": list(in_hand)})
 
 
-def record_sent(connection: Connection, replies: Mapping[int, str], *, sent_by: str) -> None:
-    """Write the 250s, by row."""
+def record_sent(
+    connection: Connection,
+    accepted: Sequence[tuple[Mail, str]],
+    *,
+    sent_by: str,
+    template_digest: str,
+) -> None:
+    """Write the 250s, each mail with its reply, and of what the mails were made."""
     connection.execute(
         _ANY_TO_SENT,
-        {"ids": list(replies), "replies": list(replies.values()), "sent_by": sent_by},
-    )
-
-
-def record_open(
-    connection: Connection,
-    *,
-    mail: Mail,
-    replica_id: UUID,
-    state: str,
-    reason: str,
-    due_seconds: float | None,
-) -> None:
-    """Write that a claimed mail was not sent, as far as is known; no due time means a person."""
-    connection.execute(
-        _SENDING_TO_OPEN,
         {
-            "id": mail.id,
-            "attempts": mail.attempts,
-            "replica_id": replica_id,
-            "state": state,
-            "reason": reason,
-            "due_seconds": due_seconds,
+            "ids": [mail.id for mail, _ in accepted],
+            "message_ids": [mail.message_id for mail, _ in accepted],
+            "replies": [reply for _, reply in accepted],
+            "sent_by": sent_by,
+            "release": RELEASE,
+            "template_digest": template_digest,
         },
     )
 
 
-def start_of(
-    connection: Connection, *, cluster_id: str, topic_id: str, partition: int, log_start: int
-) -> Start:
-    """Return where a partition is to be read from; one never read is opened at its log's start."""
-    where = {"topic_id": topic_id, "partition": partition}
-    connection.execute(
-        _OPEN_POSITION, {**where, "cluster_id": cluster_id, "next_offset": log_start}
-    )
-    row = connection.execute(_POSITION, where).one()
-    return Start(row.next_offset, row.epoch)
+def record_open(connection: Connection, ended: Sequence[NotSent], *, replica_id: UUID) -> None:
+    """Write of mails that the replica still holds why they were not sent, and when they are due."""
+    connection.execute(_SENDING_TO_OPEN, {**columns(ended, NotSent), "replica_id": replica_id})
+
+
+def take_lease(
+    connection: Connection, *, replica_id: UUID, name: str, lease_seconds: float
+) -> Renewal:
+    """Own the rows that are claimed from now on for `lease_seconds`."""
+    which = {"id": replica_id, "name": name, "lease_seconds": lease_seconds}
+    return Renewal(**connection.execute(_TAKE_LEASE, which).one()._mapping)
 
 
 def renew_lease(
-    connection: Connection, *, replica_id: UUID, name: str, lease_seconds: float
-) -> None:
-    """Own the claimed rows for `lease_seconds` more."""
-    connection.execute(
-        _RENEW_LEASE, {"id": replica_id, "name": name, "lease_seconds": lease_seconds}
-    )
-    connection.execute(_FORGET_REPLICAS)
+    connection: Connection, *, replica_id: UUID, lease_seconds: float, known_until: datetime
+) -> Renewal:
+    """Own the claimed rows for `lease_seconds` more.
+
+    Raises StartUpRefused when the ledger does not know the lease up to `known_until`, as it was
+    confirmed: it was restored, and would have mails sent again.
+    """
+    which = {"id": replica_id, "lease_seconds": lease_seconds, "known_until": known_until}
+    row = connection.execute(_RENEW_LEASE, which).one_or_none()
+    if row is None:
+        raise StartUpRefused("the ledger was set back while this replica worked")
+    return Renewal(**row._mapping)
 
 
 def end_lease(connection: Connection, replica_id: UUID) -> None:
@@ -333,16 +396,36 @@ def end_lease(connection: Connection, replica_id: UUID) -> None:
     connection.execute(_END_LEASE, {"id": replica_id})
 
 
-def show(connection: Connection, order_id: str) -> list[dict[str, Any]]:
-    """Return the rows of one order, as an operator sees them."""
-    return [dict(row._mapping) for row in connection.execute(_SHOW, {"order_id": order_id})]
+def purge(
+    connection: Connection, log_starts: Mapping[int, tuple[str, int]], *, days: int, limit: int
+) -> int:
+    """Forget mails that were closed long ago and whose records are gone; return how many.
+
+    `log_starts` has topic id and first offset of each partition to look at.
+    """
+    which = {
+        "topic_ids": [topic_id for topic_id, _ in log_starts.values()],
+        "partitions": list(log_starts),
+        "starts": [start for _, start in log_starts.values()],
+        "days": days,
+        "limit": limit,
+    }
+    return connection.execute(_PURGE_CLOSED, which).rowcount
 
 
-def _mail(row: Any) -> Mail:
-    values = row._mapping
-    return Mail(**{**values, "event": bytes(values["event"])})
+def _mail(row: Mapping[str, Any]) -> Mail:
+    return Mail(**{**row, "event": bytes(row["event"])})
 
 
-def _columns(rows: Sequence[Any], kind: type) -> dict[str, list[Any]]:
-    """Turn rows into one list a field, named in the plural, as the statements take them."""
-    return {f"{name}s": [getattr(row, name) for row in rows] for name in kind.__slots__}  # type: ignore[attr-defined]
+def _claimed(mail: NewMail, row_id: int) -> Mail:
+    return Mail(
+        id=row_id,
+        order_id=mail.order_id,
+        message_id=mail.message_id,
+        event=mail.event,
+        event_at=mail.event_at,
+        give_up_at=mail.give_up_at,
+        attempts=1,
+        unknown_count=0,
+        suspected_at=None,
+    )

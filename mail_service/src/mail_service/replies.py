@@ -2,18 +2,21 @@
 
 import re
 from dataclasses import dataclass
-from enum import Enum
+from enum import Enum, auto
 
+# The relay ends the connection with it.
+CLOSING = 421
 ENHANCED_CODE = re.compile(r"\b([245])\.(\d{1,3})\.(\d{1,3})\b")
 
 
 class Stage(Enum):
-    """How far the dialogue was when the reply came, or failed to."""
+    """How far the dialogue was when the reply came, or failed to; STOPPED is our own doing."""
 
     CONNECT = "connect"
     MAIL = "MAIL"
     RCPT = "RCPT"
     DATA = "DATA"
+    STOPPED = "stopped"
     FINAL_DOT = "final dot"
 
 
@@ -33,3 +36,13 @@ class Answer:
 
     def __str__(self) -> str:
         return f"{self.stage.value}: {self.code or 'no reply'} {self.text}".rstrip()
+
+
+class Bearing(Enum):
+    """What an answer says of the relay, whatever becomes of the mail."""
+
+    SERVES = auto()
+    TROUBLE = auto()
+    CROWDED = auto()
+    BROKEN_LINK = auto()
+    NOTHING = auto()

@@ -1,31 +1,72 @@
-"""The slots: render, send, judge; one recorder that group-commits."""
+"""The slots: render, send, judge in one thread; one recorder that group-commits."""
 
 import queue
 import random
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections import deque
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from datetime import UTC, datetime
+from datetime import datetime
 from typing import assert_never
 
-from sqlalchemy import Connection, Engine
+from sqlalchemy import Engine
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.exc import TimeoutError as PoolTimeout
 
 from mail_service import events, ledger
 from mail_service.confirmation import CannotRender, Confirmation
-from mail_service.events import UnreadableRecord
-from mail_service.judge import Dead, Judge, Retry, Sent, Unknown, Verdict
+from mail_service.dialogues import Dialogues, Steps
+from mail_service.events import OrderCreated, UnreadableRecord
+from mail_service.judge import (
+    Cause,
+    Dead,
+    Held,
+    History,
+    Judge,
+    Retry,
+    Sent,
+    Unknown,
+    Verdict,
+    bearing,
+)
 from mail_service.lease import Lease
-from mail_service.ledger import Mail
-from mail_service.smtp import SmtpConnection
-from mail_service.telemetry import log, slots_busy, verdicts
+from mail_service.ledger import Mail, NotSent
+from mail_service.models import at_once
+from mail_service.pace import Pace
+from mail_service.replies import Answer
+from mail_service.settings import Recipients
+from mail_service.smtp import CannotAddress, SmtpConnection
+from mail_service.telemetry import breaker_is_open, log, slots_busy, verdicts
 
 RETRY_SECONDS = 0.5
 DRAIN_SECONDS = 30.0
 # Of which this is kept for writing what became of the last mails.
 RECORDING_SECONDS = 5.0
+GOODBYE_SECONDS = 1.0
+GATHERED_SHARE = 0.5
+AHEAD_SHARE = 0.5
+GATHERING_SECONDS = 0.01
+# How often the wait looks whether it is to end: a signal's handler must not take a lock.
+HURRY_SECONDS = 0.1
+NONE_KNOWN: Mapping[str, OrderCreated] = {}
+
+
+@dataclass(frozen=True, slots=True)
+class Term:
+    """When a claim was begun: in which term of the lease, after how many recalls of the pace."""
+
+    of_lease: int
+    recalls: int
+
+
+@dataclass(frozen=True, slots=True)
+class Claim:
+    """A mail for a slot, when it was claimed, and its event if known."""
+
+    mail: Mail
+    term: Term
+    event: OrderCreated | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,12 +85,18 @@ class Recorder:
     """
 
     def __init__(
-        self, engine: Engine, lease: Lease, on_recorded: Callable[[Sequence[Outcome]], None]
+        self,
+        engine: Engine,
+        lease: Lease,
+        *,
+        template_digest: str,
+        on_recorded: Callable[[Sequence[Outcome]], None],
     ) -> None:
-        self._engine = engine
+        self._at_once = at_once(engine)
         self._lease = lease
+        self._template_digest = template_digest
         self._on_recorded = on_recorded
-        self._outcomes: queue.SimpleQueue[Outcome] = queue.SimpleQueue()
+        self._outcomes: queue.SimpleQueue[Outcome | None] = queue.SimpleQueue()
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._run, name="recorder", daemon=True)
 
@@ -65,6 +112,8 @@ class Recorder:
     def stop(self, timeout_seconds: float) -> None:
         """Write what is left, end the lease and return, after a while in any case."""
         self._stop.set()
+        # It need not sit out its wait for another outcome.
+        self._outcomes.put(None)
         self._thread.join(timeout_seconds)
 
     def _run(self) -> None:
@@ -73,64 +122,82 @@ class Recorder:
             waiting += self._gather()
             if not waiting and not self._lease.is_due():
                 continue
-            try:
-                self._write(waiting)
-                waiting = []
-            except (DBAPIError, PoolTimeout) as error:
-                log.warning("outcomes.not_recorded", count=len(waiting), error=type(error).__name__)
+            waiting = self._write_all(waiting)
+            if waiting:
                 time.sleep(RETRY_SECONDS)
         try:
-            with self._engine.begin() as connection:
+            with self._at_once.connect() as connection:
                 ledger.end_lease(connection, self._lease.replica_id)
         except DBAPIError as error:
             log.warning("lease.not_ended", error=type(error).__name__)
+
+    def _write_all(self, outcomes: list[Outcome]) -> list[Outcome]:
+        """Write these together; return those that could not be written."""
+        try:
+            self._write(outcomes)
+        except PoolTimeout as error:
+            log.warning("outcomes.not_recorded", count=len(outcomes), error=type(error).__name__)
+            return outcomes
+        except DBAPIError as error:
+            log.warning("outcomes.not_recorded", count=len(outcomes), error=type(error).__name__)
+            if error.connection_invalidated or len(outcomes) < 2:
+                return outcomes
+            # One that the database refuses must not keep the others from being known.
+            return [left for outcome in outcomes for left in self._write_all([outcome])]
+        return []
 
     def _gather(self) -> list[Outcome]:
         """Wait for one outcome, then take all there are: one commit for them together."""
         gathered: list[Outcome] = []
         try:
-            gathered.append(self._outcomes.get(timeout=RETRY_SECONDS))
+            outcome = self._outcomes.get(timeout=RETRY_SECONDS)
             while True:
-                gathered.append(self._outcomes.get_nowait())
+                if outcome is not None:
+                    gathered.append(outcome)
+                outcome = self._outcomes.get_nowait()
         except queue.Empty:
             return gathered
 
     def _write(self, outcomes: Sequence[Outcome]) -> None:
-        started_at = self._lease.now()
-        is_renewed = self._lease.is_due()
-        with self._engine.begin() as connection:
-            if is_renewed:
-                self._lease.renew(connection)
-            replies = {}
-            for outcome in outcomes:
-                if isinstance(outcome.verdict, Sent):
-                    replies[outcome.mail.id] = outcome.verdict.reply
-                else:
-                    self._write_open(connection, outcome.mail, outcome.verdict)
-            if replies:
-                ledger.record_sent(connection, replies, sent_by=self._lease.name)
-        if is_renewed:
-            self._lease.renewed(started_at)
+        accepted, ended = [], []
+        for outcome in outcomes:
+            if isinstance(outcome.verdict, Sent):
+                accepted.append((outcome.mail, outcome.verdict.reply))
+            else:
+                ended.append(self._not_sent(outcome.mail, outcome.verdict))
+        with self._at_once.connect() as connection:
+            if self._lease.is_due():
+                started_at = self._lease.now()
+                self._lease.renewed(started_at, self._lease.renew(connection))
+            if ended:
+                ledger.record_open(connection, ended, replica_id=self._lease.replica_id)
+            if accepted:
+                ledger.record_sent(
+                    connection,
+                    accepted,
+                    sent_by=self._lease.name,
+                    template_digest=self._template_digest,
+                )
         for outcome in outcomes:
             _log(outcome)
         self._on_recorded(outcomes)
 
-    def _write_open(
-        self, connection: Connection, mail: Mail, verdict: Retry | Unknown | Dead
-    ) -> None:
+    def _not_sent(self, mail: Mail, verdict: Retry | Unknown | Dead | Held) -> NotSent:
         state, due_seconds = _as_row(verdict)
-        ledger.record_open(
-            connection,
-            mail=mail,
-            replica_id=self._lease.replica_id,
+        cause = verdict.cause if isinstance(verdict, Retry) else None
+        return NotSent(
+            id=mail.id,
+            attempts=mail.attempts,
             state=state,
             reason=verdict.reason,
             due_seconds=due_seconds,
+            is_attempt=cause is None or cause.is_attempt,
+            suspected_at=self._lease.ledger_now() if cause is Cause.SUSPECT else None,
         )
 
 
 class Senders:
-    """`count` slots, each a thread with one kept connection, taking mails as they are free."""
+    """The slots: so many dialogues at once, if the pace allows, on kept connections."""
 
     def __init__(
         self,
@@ -140,104 +207,193 @@ class Senders:
         lease: Lease,
         connect: Callable[[], SmtpConnection],
         confirmation: Confirmation,
+        recipients: Recipients,
         judge: Judge,
+        pace: Pace,
     ) -> None:
         self._lease = lease
-        self._connect = connect
+        # What was used last is used next: of a relay that is not busy few connections are taken.
+        self._connections = deque(connect() for _ in range(count))
         self._confirmation = confirmation
+        self._recipients = recipients
         self._judge = judge
-        self._mails: queue.SimpleQueue[tuple[Mail, int] | None] = queue.SimpleQueue()
-        self._in_slots: set[int] = set()
+        self._pace = pace
+        self._dialogues = Dialogues()
+        self._claims: deque[Claim] = deque()
+        self._in_hand: set[int] = set()
+        self._recalls = 0
         self._changed = threading.Condition()
         self._count = count
-        self._recorder = Recorder(engine, lease, self._release)
-        self._threads = [
-            threading.Thread(target=self._run_slot, name=f"slot-{number}", daemon=True)
-            for number in range(count)
-        ]
+        self._is_draining = False
+        self._relay_accepted_at: datetime | None = None
+        self._recorder = Recorder(
+            engine, lease, template_digest=confirmation.digest, on_recorded=self._release
+        )
 
     def start(self) -> None:
         """Take the lease and open the slots."""
         self._recorder.start()
-        for thread in self._threads:
-            thread.start()
+        self._dialogues.start()
 
-    def wait_for_free(self, timeout_seconds: float) -> int:
-        """Return how many slots are free, waiting for one for a while."""
+    def wait_for_room(self, timeout_seconds: float) -> int:
+        """Return how many mails may be claimed, waiting for the first for a while.
+
+        They are some more than there are slots, so that no slot waits for the ledger. Where room
+        is made one by one, more is waited for: to claim one mail costs nearly as much as many.
+        """
         with self._changed:
-            self._changed.wait_for(lambda: self._free() > 0, timeout_seconds)
-            return self._free()
+            if self._changed.wait_for(lambda: self._room() > 0, timeout_seconds):
+                self._changed.wait_for(
+                    lambda: self._room() >= self._count * GATHERED_SHARE, GATHERING_SECONDS
+                )
+            self._recalls = self._pace.recalls
+            return self._room()
 
     @property
-    def term(self) -> int:
-        """The lease's term: read before a claim, it says later whether the claim still stands."""
-        return self._lease.term
+    def term(self) -> Term:
+        """Read before a claim, it says later whether the claim still stands."""
+        return Term(self._lease.term, self._recalls)
 
     def mail_ids(self) -> list[int]:
-        """Return the rows that are in a slot, or whose outcome is not yet written."""
+        """Return the rows that wait for a slot, are in one, or whose outcome is not yet written."""
         with self._changed:
-            return list(self._in_slots)
+            return list(self._in_hand)
 
-    def hand_out(self, mails: Sequence[Mail], *, term: int) -> None:
-        """Give mails to slots, claimed in this term of the lease; there must be as many free."""
+    def hand_out(
+        self, mails: Sequence[Mail], *, term: Term, known: Mapping[str, OrderCreated] = NONE_KNOWN
+    ) -> None:
+        """Give mails to slots, claimed in this term; there must be room for as many.
+
+        `known` has the events, by order, that need not be read from the rows again.
+        """
         with self._changed:
-            self._in_slots |= {mail.id for mail in mails}
-            slots_busy.set(len(self._in_slots))
-        for mail in mails:
-            self._mails.put((mail, term))
+            self._in_hand |= {mail.id for mail in mails}
+            self._pace.began(len(mails), now=time.monotonic())
+        self._claims.extend(Claim(mail, term, known.get(mail.order_id)) for mail in mails)
+        self._dialogues.begin(self._hold() for _ in mails)
 
-    def drain(self) -> None:
-        """Await the answers of what is under way, record them, end the lease.
+    def recall(self) -> None:
+        """Give back what is claimed and has not begun."""
+        with self._changed:
+            self._pace.recalls += 1
+        self._dialogues.begin([self._hold()])
 
-        What does not end within the drain time stays claimed and becomes UNKNOWN.
+    @property
+    def turned_at(self) -> float:
+        """When the dialogues' thread last went on, by the monotonic clock."""
+        return self._dialogues.turned_at
+
+    def drain(self, hurry: threading.Event) -> None:
+        """Send no dot more, await the answers to those that went out, record, end the lease.
+
+        What does not end within the drain time, or before `hurry` is set, stays claimed and
+        becomes UNKNOWN.
         """
         deadline = time.monotonic() + DRAIN_SECONDS
-        with self._changed:
-            self._changed.wait_for(lambda: not self._in_slots, DRAIN_SECONDS - RECORDING_SECONDS)
-        for _ in self._threads:
-            self._mails.put(None)
+        self._is_draining = True
+        self._dialogues.begin([self._hold()])
+        while not hurry.is_set() and time.monotonic() < deadline - RECORDING_SECONDS:
+            with self._changed:
+                if self._changed.wait_for(lambda: not self._in_hand, HURRY_SECONDS):
+                    break
+        self._dialogues.begin([connection.close() for connection in list(self._connections)])
         self._recorder.stop(deadline - time.monotonic())
+        self._dialogues.stop(patience_seconds=0.0 if self._in_hand else GOODBYE_SECONDS)
 
     def _release(self, outcomes: Sequence[Outcome]) -> None:
         with self._changed:
-            self._in_slots -= {outcome.mail.id for outcome in outcomes}
-            slots_busy.set(len(self._in_slots))
+            self._in_hand -= {outcome.mail.id for outcome in outcomes}
             self._changed.notify_all()
 
-    def _free(self) -> int:
-        return self._count - len(self._in_slots)
+    def _room(self) -> int:
+        allowance = self._pace.allowance(under_way=len(self._in_hand), now=time.monotonic())
+        # Behind an open breaker a probe that waits for a slot would be none.
+        most = self._count if self._pace.is_open else self._pace.capacity
+        return min(most - len(self._in_hand), allowance)
 
-    def _run_slot(self) -> None:
-        connection = self._connect()
-        while (claim := self._mails.get()) is not None:
-            mail, term = claim
-            self._recorder.record(Outcome(mail, self._attempt(mail, term, connection)))
-        connection.close()
+    def _hold(self) -> Steps[None]:
+        """Send one mail after the other, while there are some and a slot is free."""
+        while self._claims and (self._connections or self._is_recalled(self._claims[0])):
+            claim = self._claims.popleft()
+            if self._is_recalled(claim):
+                self._recorder.record(Outcome(claim.mail, Retry("not begun", 0.0, Cause.STOPPED)))
+                continue
+            connection = self._connections.pop()
+            slots_busy.set(self._busy)
+            verdict = yield from self._attempt(claim, connection)
+            if connection.is_open:
+                self._connections.append(connection)
+            else:
+                self._connections.appendleft(connection)
+            slots_busy.set(self._busy)
+            self._recorder.record(Outcome(claim.mail, verdict))
 
-    def _attempt(self, mail: Mail, term: int, connection: SmtpConnection) -> Verdict:
+    def _is_recalled(self, claim: Claim) -> bool:
+        return (
+            self._is_draining
+            or claim.term.recalls != self._pace.recalls
+            or claim.term.of_lease != self._lease.term
+        )
+
+    @property
+    def _busy(self) -> int:
+        return self._count - len(self._connections)
+
+    def _attempt(self, claim: Claim, connection: SmtpConnection) -> Steps[Verdict]:
+        mail = claim.mail
         try:
             composed = self._confirmation.compose(
-                events.parse(mail.event), event_at=mail.event_at, message_id=mail.message_id
+                claim.event or events.parse(mail.event),
+                event_at=mail.event_at,
+                message_id=mail.message_id,
+            )
+            if not self._recipients.allow(composed.recipient):
+                return Held("MAIL_ONLY_TO does not name the recipient")
+            answer = yield from connection.deliver(
+                composed.content,
+                sender=composed.sender,
+                recipient=composed.recipient,
+                may_finish=lambda: (
+                    self._lease.is_held(claim.term.of_lease) and not self._is_draining
+                ),
             )
         except (CannotRender, UnreadableRecord) as error:
             return Dead(f"cannot be rendered: {error}")
-        answer = connection.deliver(
-            composed.content,
-            sender=composed.sender,
-            recipient=composed.recipient,
-            may_finish=lambda: self._lease.is_held(term),
-        )
-        return self._judge.judge(
-            answer,
+        except CannotAddress as error:
+            return Dead(f"cannot be addressed: {error}")
+        return self._judged(mail, answer)
+
+    def _judged(self, mail: Mail, answer: Answer) -> Verdict:
+        now = self._lease.ledger_now()
+        history = History(
             attempts=mail.attempts,
             unknown_count=mail.unknown_count,
             give_up_at=mail.give_up_at,
-            now=datetime.now(UTC),
-            jitter=random.random(),  # noqa: S311 - spreads retries, guards nothing
+            suspected_at=mail.suspected_at,
+            relay_accepted_at=self._relay_accepted_at,
         )
+        jitter = random.random()  # noqa: S311 - spreads retries, guards nothing
+        verdict = self._judge.judge(answer, history, now=now, jitter=jitter)
+        if isinstance(verdict, Sent):
+            self._relay_accepted_at = now
+        with self._changed:
+            was_open = self._pace.is_open
+            self._pace.note(bearing(answer), under_way=self._busy, now=time.monotonic())
+            if self._pace.is_open != was_open:
+                breaker_is_open.set(self._pace.is_open)
+                log.warning("breaker.changed", is_open=self._pace.is_open, answer=str(answer))
+        return verdict
 
 
-def _as_row(verdict: Retry | Unknown | Dead) -> tuple[str, float | None]:
+def most_in_hand(slots: int, *, is_rate_limited: bool) -> int:
+    """Return how many mails a replica of so many slots claims at most.
+
+    Behind a rate none ahead: one that waited for a slot would not go when its token was granted.
+    """
+    return slots if is_rate_limited else slots + int(slots * AHEAD_SHARE)
+
+
+def _as_row(verdict: Retry | Unknown | Dead | Held) -> tuple[str, float | None]:
     match verdict:
         case Retry():
             return "RETRY", verdict.delay_seconds
@@ -245,6 +401,8 @@ def _as_row(verdict: Retry | Unknown | Dead) -> tuple[str, float | None]:
             return "UNKNOWN", verdict.delay_seconds
         case Dead():
             return "DEAD", None
+        case Held():
+            return "HELD", None
         case _:
             assert_never(verdict)
 

@@ -13,6 +13,7 @@ from marshmallow import EXCLUDE, Schema, ValidationError, fields, validate
 KAFKA_PROPERTIES_WE_SET = frozenset(
     {
         "allow.auto.create.topics",
+        "auto.commit.enable",
         "auto.offset.reset",
         "enable.auto.commit",
         "enable.auto.offset.store",
@@ -20,10 +21,16 @@ KAFKA_PROPERTIES_WE_SET = frozenset(
         "group.protocol",
         "isolation.level",
         "partition.assignment.strategy",
+        "session.timeout.ms",
     }
 )
 # Read by Kafka's own console tools, which may share our shell.
 KAFKA_VARIABLES_OF_OTHERS = frozenset({"KAFKA_OPTS", "KAFKA_HEAP_OPTS"})
+ONLY_TO = validate.Regexp(
+    r"(\s*(\*|[^@\s,]*@[^@\s,]+)\s*(,|\Z))*\Z", error="Not a list of addresses, @domains or *."
+)
+LAST_PORT = 65_535
+POSTGRESQL_URL = r"^postgres(ql)?(\+\w+)?://\S+\Z"
 ADDRESS = validate.Regexp(r"[^@\s,;<>\"]+@[^@\s,;<>\"]+\Z", error="Not one plain address.")
 
 
@@ -40,17 +47,28 @@ class Timing:
     unknown_delay_seconds: float
     retry_base_seconds: float
     retry_cap_seconds: float
-    final_dot_timeout_seconds: float
+    probe_seconds: float
+    connect_seconds: float
+    envelope_seconds: float
+    content_seconds: float
+    final_dot_seconds: float
+    goodbye_seconds: float
 
 
-# RFC 5321 §4.5.3.2.6 asks for ten minutes at the final dot: less makes second copies.
+# RFC 5321 §4.5.3.2 has the time-outs of the dialogue. The ten minutes at the final dot are no
+# luxury: less makes second copies.
 TIMING = Timing(
     session_timeout_ms=45_000,
     lease_seconds=30,
     unknown_delay_seconds=60,
     retry_base_seconds=60,
     retry_cap_seconds=3600,
-    final_dot_timeout_seconds=600,
+    probe_seconds=10,
+    connect_seconds=60,
+    envelope_seconds=300,
+    content_seconds=180,
+    final_dot_seconds=600,
+    goodbye_seconds=5,
 )
 TEST_TIMING = Timing(
     session_timeout_ms=6_000,
@@ -58,8 +76,35 @@ TEST_TIMING = Timing(
     unknown_delay_seconds=2,
     retry_base_seconds=0.2,
     retry_cap_seconds=2,
-    final_dot_timeout_seconds=8,
+    probe_seconds=1,
+    connect_seconds=3,
+    envelope_seconds=5,
+    content_seconds=5,
+    final_dot_seconds=12,
+    goodbye_seconds=1,
 )
+
+
+@dataclass(frozen=True, slots=True)
+class Recipients:
+    """Whom this environment may write to: addresses, whole domains as `@domain`, or everybody."""
+
+    allowed: frozenset[str]
+
+    @classmethod
+    def parse(cls, text: str) -> Self:
+        """Read a list with commas; `*` is everybody."""
+        return cls(frozenset(entry.strip().lower() for entry in text.split(",") if entry.strip()))
+
+    def allow(self, address: str) -> bool:
+        """Say whether a mail may go there."""
+        address = address.lower()
+        return not self.allowed.isdisjoint({"*", address, f"@{address.rpartition('@')[2]}"})
+
+
+def _is_folder(path: str) -> None:
+    if not Path(path).is_dir():
+        raise ValidationError("Not a folder.")
 
 
 class _Environment(Schema):
@@ -71,9 +116,15 @@ class _Environment(Schema):
         data_key="APP_ENV",
         validate=validate.OneOf(("development", "test", "production")),
     )
-    database_url = fields.String(required=True, data_key="DATABASE_URL")
+    database_url = fields.String(
+        required=True,
+        data_key="DATABASE_URL",
+        validate=validate.Regexp(POSTGRESQL_URL, error="Not an address like postgresql://…"),
+    )
     smtp_host = fields.String(required=True, data_key="SMTP_HOST")
-    smtp_port = fields.Integer(load_default=587, data_key="SMTP_PORT")
+    smtp_port = fields.Integer(
+        load_default=587, data_key="SMTP_PORT", validate=validate.Range(1, LAST_PORT)
+    )
     smtp_tls = fields.String(
         load_default="starttls",
         data_key="SMTP_TLS",
@@ -87,6 +138,10 @@ class _Environment(Schema):
     mail_concurrency = fields.Integer(
         load_default=16, data_key="MAIL_CONCURRENCY", validate=validate.Range(1, 256)
     )
+    mail_rate_per_second = fields.Float(
+        load_default=None, data_key="MAIL_RATE_PER_SECOND", validate=validate.Range(min=0.01)
+    )
+    mail_only_to = fields.String(load_default="", data_key="MAIL_ONLY_TO", validate=ONLY_TO)
     mail_on_unknown = fields.String(
         load_default="resend",
         data_key="MAIL_ON_UNKNOWN",
@@ -94,6 +149,11 @@ class _Environment(Schema):
     )
     mail_give_up_hours = fields.Integer(
         load_default=24, data_key="MAIL_GIVE_UP_HOURS", validate=validate.Range(1, 24 * 30)
+    )
+    mail_templates = fields.String(
+        load_default=None,
+        data_key="MAIL_TEMPLATES",
+        validate=_is_folder,
     )
     shop_name = fields.String(required=True, data_key="SHOP_NAME")
     shop_url = fields.Url(required=True, data_key="SHOP_URL", require_tld=False)
@@ -108,7 +168,9 @@ class _Environment(Schema):
     shop_currency = fields.String(
         load_default="KRW", data_key="SHOP_CURRENCY", validate=validate.Regexp(r"[A-Z]{3}\Z")
     )
-    probe_port = fields.Integer(load_default=0, data_key="PROBE_PORT")
+    probe_port = fields.Integer(
+        load_default=0, data_key="PROBE_PORT", validate=validate.Range(0, LAST_PORT)
+    )
     log_level = fields.String(
         load_default="INFO",
         data_key="LOG_LEVEL",
@@ -132,8 +194,11 @@ class Settings:
     mail_reply_to: str | None
     mail_bounce_to: str | None
     mail_concurrency: int
+    mail_rate_per_second: float | None
+    mail_only_to: Recipients
     mail_on_unknown: str
     mail_give_up_hours: int
+    mail_templates: Path | None
     shop_name: str
     shop_url: str
     shop_locale: str
@@ -155,6 +220,12 @@ class Settings:
         faults += kafka_faults
         if values.get("APP_ENV") == "production" and values.get("SMTP_TLS") == "off":
             faults.append("SMTP_TLS: off is refused in production")
+        if bool(values.get("SMTP_USER")) != bool(values.get("SMTP_PASSWORD")):
+            faults.append("SMTP_USER, SMTP_PASSWORD: one is of no use without the other")
+        if values.get("APP_ENV") != "production" and not values.get("MAIL_ONLY_TO", "").strip():
+            faults.append(
+                "MAIL_ONLY_TO: outside production name addresses, @domains, or * for everybody"
+            )
         loaded: dict[str, Any] = {}
         try:
             loaded = _Environment().load(values)
@@ -166,6 +237,8 @@ class Settings:
         if faults:
             raise SettingsError("\n".join(faults))
         loaded["database_url"] = _with_driver(loaded["database_url"])
+        loaded["mail_templates"] = loaded["mail_templates"] and Path(loaded["mail_templates"])
+        loaded["mail_only_to"] = Recipients.parse(loaded["mail_only_to"] or "*")
         return cls(kafka=kafka, **loaded)
 
 
@@ -202,5 +275,4 @@ def _kafka_properties(values: Mapping[str, str]) -> tuple[dict[str, str], list[s
 
 def _with_driver(url: str) -> str:
     """Name psycopg2: SQLAlchemy 2.1 takes a bare postgresql:// for psycopg 3."""
-    _, separator, rest = url.partition("://")
-    return f"postgresql+psycopg2{separator}{rest}" if separator else url
+    return f"postgresql+psycopg2://{url.partition('://')[2]}"

@@ -5,7 +5,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from harness import Environment, Ledger, Replicas, Topic, run
+from forked import Forked
+from harness import Environment, Ledger, Operator, Replicas, Topic, run
 from sink import Sink
 from sqlalchemy import Engine
 
@@ -38,6 +39,7 @@ def base_environment() -> Environment:
         "SMTP_TLS": "off",
         "MAIL_FROM": "orders@shop.example",
         "MAIL_CONCURRENCY": "8",
+        "MAIL_ONLY_TO": "*",
         "SHOP_NAME": "Tea House",
         "SHOP_URL": "https://shop.example",
     }
@@ -93,9 +95,22 @@ def environment(base_environment: Environment, session_sink: Sink) -> Environmen
 
 
 @pytest.fixture(scope="session")
+def operator(
+    environment: Environment, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Operator]:
+    """Return somebody who runs commands."""
+    with Forked(tmp_path_factory.mktemp("forked")) as forked:
+        yield Operator(environment, forked)
+
+
+@pytest.fixture(scope="session")
 def session_topic() -> Topic:
-    """Return the topic, which may not exist."""
-    return Topic(os.environ["KAFKA_BOOTSTRAP_SERVERS"])
+    """Return the topic, which may not exist, of a cluster that keeps commits."""
+    topic = Topic(os.environ["KAFKA_BOOTSTRAP_SERVERS"])
+    if not topic.exists():
+        topic.create()
+    topic.rewind()
+    return topic
 
 
 @pytest.fixture

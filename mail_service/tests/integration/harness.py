@@ -1,41 +1,134 @@
 """What integration tests share: the ledger as rows, the topic, the real command."""
 
+import hashlib
 import json
 import os
+import pty
 import signal
 import subprocess
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
+from tempfile import TemporaryFile
 from typing import Any, Self, TypeVar
+from urllib.error import HTTPError
+from urllib.request import urlopen
 
-from confluent_kafka import ConsumerGroupTopicPartitions, Producer, TopicPartition
-from confluent_kafka.admin import AdminClient, NewTopic, OffsetSpec
+from confluent_kafka import (
+    ConsumerGroupTopicPartitions,
+    KafkaException,
+    Producer,
+    TopicCollection,
+    TopicPartition,
+)
+from confluent_kafka.admin import (
+    AdminClient,
+    AlterConfigOpType,
+    ConfigEntry,
+    ConfigResource,
+    NewTopic,
+    OffsetSpec,
+    ResourceType,
+)
+from forked import Forked
+from records import Row
 from sink import Sink
 from sqlalchemy import Engine, text
 
 from mail_service.kafka import GROUP, TOPIC
 
 Environment = dict[str, str]
-Row = dict[str, Any]
 T = TypeVar("T")
 
 COMMAND = Path(sys.executable).with_name("mail-service")
 PARTITIONS = 3
+TABLES = ("deliveries", "campaigns", "dead_letters", "positions", "replicas", "gaps")
+CLOSED = ("SENT", "ERASED")
 POLL_SECONDS = 0.05
+LEADER_ATTEMPTS = 20
 WAIT_SECONDS = 30.0
 KAFKA_SECONDS = 10.0
 STOP_SECONDS = 10.0
 
 
-def run(environment: Environment, *arguments: str) -> subprocess.CompletedProcess[str]:
-    """Run a command of the service to its end."""
+def run(
+    environment: Environment, *arguments: str, told: str = ""
+) -> subprocess.CompletedProcess[str]:
+    """Run a command of the service to its end, with what it is told on standard input."""
     return subprocess.run(
-        [COMMAND, *arguments], env=environment, capture_output=True, text=True, check=False
+        [COMMAND, *arguments],
+        env=environment,
+        input=told,
+        capture_output=True,
+        text=True,
+        check=False,
     )
+
+
+class Operator:
+    """Somebody without a terminal who runs commands of the service."""
+
+    def __init__(self, environment: Environment, forked: Forked) -> None:
+        self._environment = environment
+        self.forked = forked
+
+    def run(
+        self, *arguments: object, told: str = "", **changes: str
+    ) -> subprocess.CompletedProcess[str]:
+        """Run a command to its end, with changes of the environment."""
+        with TemporaryFile() as said, TemporaryFile() as out, TemporaryFile() as error:
+            said.write(told.encode())
+            said.seek(0)
+            environment, words = {**self._environment, **changes}, list(map(str, arguments))
+            code = self.forked.run(words, environment, [said, out, error])
+            seen = [file.seek(0) or file.read().decode() for file in (out, error)]
+        return subprocess.CompletedProcess(words, code, *seen)
+
+    def ask(self, *arguments: object, code: int = 0, **changes: str) -> Any:
+        """Return the one JSON document of a command that ends with this code."""
+        ended = self.run(*arguments, "--json", **changes)
+        assert ended.returncode == code, ended.stderr
+        return json.loads(ended.stdout)
+
+    def at_once(self, *commands: Sequence[object]) -> list[subprocess.CompletedProcess[str]]:
+        """Run commands at the same time to their ends."""
+        with ThreadPoolExecutor(len(commands)) as threads:
+            return list(threads.map(lambda command: self.run(*command), commands))
+
+    def begin(self, *arguments: object) -> subprocess.Popen[bytes]:
+        """Start a command whose end is not waited for."""
+        return subprocess.Popen(
+            [COMMAND, *map(str, arguments)],
+            env=self._environment,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+        )
+
+    def at_a_terminal(self, *arguments: object, told: str = "") -> tuple[int, str]:
+        """Run a command on a terminal and return its code, and all that was seen there."""
+        ours, theirs = pty.openpty()
+        with subprocess.Popen(
+            [COMMAND, *map(str, arguments)],
+            env={**self._environment, "TERM": "xterm"},
+            stdin=theirs,
+            stdout=theirs,
+            stderr=theirs,
+        ) as process:
+            os.close(theirs)
+            os.write(ours, told.encode())
+            seen = b""
+            # The kernel says EIO when nobody is left at the other end.
+            with suppress(OSError):
+                while more := os.read(ours, 65536):
+                    seen += more
+        os.close(ours)
+        return process.returncode, seen.decode()
 
 
 def wait_for(
@@ -57,13 +150,87 @@ class Ledger:
 
     def clear(self) -> None:
         """Empty every table."""
-        for table in ("deliveries", "dead_letters", "positions", "replicas"):
+        for table in TABLES:
             self.change(f"DELETE FROM {table}")
+        self.change("UPDATE control SET is_paused = false, reason = NULL, tokens = 0")
 
     def change(self, statement: str, **values: object) -> int:
         """Run a statement in a transaction of its own; return how many rows it hit."""
         with self.engine.begin() as connection:
             return connection.execute(text(statement), values).rowcount
+
+    def put(self, order_id: str, state: str = "SENT", **changes: object) -> None:
+        """Put a mail there, as if it had been taken in from somewhere."""
+        now = datetime.now(UTC)
+        row = {
+            "kind": "order-confirmation",
+            "order_id": order_id,
+            "campaign": "",
+            "state": state,
+            "message_id": f"<order-confirmation.{order_id}@shop.example>",
+            "event": None if state in CLOSED else event_of(order_id),
+            "event_at": now,
+            "topic_id": "elsewhere",
+            "partition": 0,
+            "offset": 0,
+            "give_up_at": now + timedelta(hours=1),
+            "attempts": 1,
+            "sent_at": now if state == "SENT" else None,
+            **changes,
+        }
+        self._insert("deliveries", row)
+
+    def put_letter(self, value: bytes | None, **changes: object) -> int:
+        """Put a dead letter there and return its id."""
+        row = {
+            "topic_id": "elsewhere",
+            "partition": 0,
+            "offset": len(self.dead_letters()),
+            "key": None,
+            "value": value,
+            "value_sha256": hashlib.sha256(value or b"").hexdigest(),
+            "headers": "[]",
+            "reason": "not JSON: ValueError",
+            **changes,
+        }
+        self._insert("dead_letters", row)
+        return int(self.rows("SELECT max(id) AS id FROM dead_letters")[0]["id"])
+
+    def read_up_to(self, topic: "Topic", next_offsets: Mapping[int, int]) -> None:
+        """Have partitions of the topic taken in up to these offsets."""
+        for partition, next_offset in next_offsets.items():
+            row = {
+                "cluster_id": topic.cluster_id(),
+                "topic_id": topic.id(),
+                "partition": partition,
+                "next_offset": next_offset,
+            }
+            self._insert("positions", row)
+
+    def take_in(
+        self, topic: "Topic", records: Sequence[Row], *, state: str = "SENT", **changes: object
+    ) -> dict[str, tuple[int, int]]:
+        """Write records to the topic and have their mails in a state; return where they are."""
+        places = topic.place(records)
+        topic_id = topic.id()
+        for record in records:
+            order_id = json.loads(record["value"])["orderId"]
+            partition, offset = places[order_id]
+            where = {"topic_id": topic_id, "partition": partition, "offset": offset}
+            kept = {} if state in CLOSED else {"event": record["value"].encode()}
+            self.put(order_id, state, **{**where, **kept, **changes})
+        self.change("DELETE FROM positions")
+        self.read_up_to(topic, topic.ends())
+        return places
+
+    def _insert(self, table: str, row: Row) -> None:
+        names = ", ".join(f'"{name}"' for name in row)
+        values = ", ".join(f":{name}" for name in row)
+        self.change(f"INSERT INTO {table} ({names}) VALUES ({values})", **row)
+
+    def everything(self) -> dict[str, list[Row]]:
+        """Return every table, so that it can be said that nothing changed."""
+        return {name: self.rows(f"SELECT * FROM {name}") for name in (*TABLES, "control")}
 
     def rows(self, statement: str, **values: object) -> list[Row]:
         """Return what a query finds."""
@@ -97,8 +264,12 @@ class Topic:
     """The topic order-created, written by a producer that has nothing to do with ours."""
 
     def __init__(self, bootstrap_servers: str) -> None:
+        self._bootstrap_servers = bootstrap_servers
         self._admin = AdminClient({"bootstrap.servers": bootstrap_servers})
-        self._producer = Producer({"bootstrap.servers": bootstrap_servers, "linger.ms": 0})
+        self._producer = self._new_producer()
+
+    def _new_producer(self) -> Producer:
+        return Producer({"bootstrap.servers": self._bootstrap_servers, "linger.ms": 0})
 
     def recreate(self) -> None:
         """Make the topic anew, and with it its id."""
@@ -117,6 +288,17 @@ class Topic:
         new = NewTopic(TOPIC, PARTITIONS, 1, config=settings)
         self._admin.create_topics([new])[TOPIC].result(KAFKA_SECONDS)
         wait_for(self.exists, bool)
+        # One that has heard there is no topic refuses records for a while.
+        self._producer = self._new_producer()
+
+    def configure(self, settings: dict[str, str]) -> None:
+        """Change settings of the topic."""
+        entries = [
+            ConfigEntry(name, value, incremental_operation=AlterConfigOpType.SET)
+            for name, value in settings.items()
+        ]
+        asked = ConfigResource(ResourceType.TOPIC, TOPIC, incremental_configs=entries)
+        self._admin.incremental_alter_configs([asked])[asked].result(KAFKA_SECONDS)
 
     def exists(self) -> bool:
         """Say whether the topic is there, with all its partitions."""
@@ -137,11 +319,40 @@ class Topic:
         assert self._producer.flush(KAFKA_SECONDS) == 0
         return reports
 
+    def place(self, records: Iterable[Row]) -> dict[str, tuple[int, int]]:
+        """Write records one after the other and return where each order's is."""
+        return {json.loads(each["value"])["orderId"]: self.send([each])[0] for each in records}
+
+    def id(self) -> str:
+        """Return the topic's id."""
+        asked = TopicCollection([TOPIC])
+        found = self._admin.describe_topics(asked)[TOPIC].result(KAFKA_SECONDS)
+        return str(found.topic_id)
+
+    def cluster_id(self) -> str:
+        """Return the cluster's id."""
+        return str(self._admin.describe_cluster().result(KAFKA_SECONDS).cluster_id)
+
+    def delete_before(self, partition: int, offset: int) -> None:
+        """Let a partition's first records expire."""
+        where = TopicPartition(TOPIC, partition, offset)
+        self._admin.delete_records([where])[where].result(KAFKA_SECONDS)
+
     def ends(self) -> dict[int, int]:
-        """Return the end offset of each partition."""
+        """Return the end offset of each partition, once each has a leader."""
         asked = {TopicPartition(TOPIC, number): OffsetSpec.latest() for number in range(PARTITIONS)}
-        found = self._admin.list_offsets(asked)
-        return {where.partition: end.result(KAFKA_SECONDS).offset for where, end in found.items()}
+        for attempt in range(LEADER_ATTEMPTS):
+            found = self._admin.list_offsets(asked)
+            try:
+                return {
+                    where.partition: end.result(KAFKA_SECONDS).offset
+                    for where, end in found.items()
+                }
+            except KafkaException:
+                if attempt == LEADER_ATTEMPTS - 1:
+                    raise
+                time.sleep(POLL_SECONDS)
+        return {}
 
     def commits(self) -> dict[int, int]:
         """Return the group's committed offsets."""
@@ -149,12 +360,17 @@ class Topic:
         found = self._admin.list_consumer_group_offsets([asked])[GROUP].result(KAFKA_SECONDS)
         return {where.partition: where.offset for where in found.topic_partitions}
 
-    def rewind(self) -> None:
-        """Set the group's commits to the start, which needs a group without members."""
-        starts = [TopicPartition(TOPIC, number, 0) for number in range(PARTITIONS)]
+    def rewind(self, offset: int = 0) -> None:
+        """Set the group's commits, to the start, which needs a group without members."""
+        starts = [TopicPartition(TOPIC, number, offset) for number in range(PARTITIONS)]
         asked = ConsumerGroupTopicPartitions(GROUP, starts)
-        done = self._admin.alter_consumer_group_offsets([asked])[GROUP].result(KAFKA_SECONDS)
-        assert not any(where.error for where in done.topic_partitions)
+
+        def set_back() -> list[TopicPartition]:
+            done = self._admin.alter_consumer_group_offsets([asked])[GROUP].result(KAFKA_SECONDS)
+            return [where for where in done.topic_partitions if where.error]
+
+        # A cluster that is new has nobody yet who keeps the commits.
+        wait_for(set_back, lambda errors: not errors)
 
     def forget_group(self) -> None:
         """Delete the group and its commits."""
@@ -193,6 +409,16 @@ class Replica:
         """Return the log so far."""
         whole = self._log.read_bytes()[self._read_from :].rpartition(b"\n")[0]
         return [json.loads(line) for line in whole.splitlines() if line.startswith(b"{")]
+
+    def status(self, probe: str) -> int:
+        """Return what a probe answers."""
+        (port,) = (line["port"] for line in self.logged() if line["event"] == "probes.served")
+        try:
+            with urlopen(f"http://127.0.0.1:{port}/{probe}", timeout=STOP_SECONDS) as answer:
+                return int(answer.status)
+        except HTTPError as error:
+            with error:
+                return error.code
 
     def output(self) -> str:
         """Return the end of what the process wrote."""
@@ -258,22 +484,10 @@ class Replicas:
         return replica
 
 
-def order(number: int | str, **changes: object) -> Row:
-    """Return a record of an order, as the order service writes it but for its headers."""
-    order_id = f"order-{number}"
-    value = {
-        "orderId": order_id,
-        "userId": "user-7",
-        "amount": "57000",
-        "email": f"customer-{number}@example.com",
-        **changes,
-    }
-    return {"key": order_id, "value": json.dumps(value)}
-
-
-def orders(count: int) -> list[Row]:
-    """Return records of so many orders, order-0 and up."""
-    return [order(number) for number in range(count)]
+def event_of(order_id: str, **changes: object) -> bytes:
+    """Return an order's event, as in a record's value."""
+    event = {"orderId": order_id, "userId": "u", "amount": "1", "email": f"{order_id}@example.com"}
+    return json.dumps(event | changes).encode()
 
 
 def ids(records: Sequence[Row]) -> set[str]:

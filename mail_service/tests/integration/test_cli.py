@@ -1,6 +1,7 @@
 """The command line around the ledger."""
 
 import json
+from pathlib import Path
 
 import pytest
 from harness import Environment, Ledger, run
@@ -23,6 +24,20 @@ def test_settings_that_cannot_be_used_end_a_command_at_once(
     assert ended.returncode == 2
     named = {line.partition(":")[0] for line in ended.stderr.splitlines()}
     assert named == {"MAIL_FROM", "SMTP_TLS", "SHOP_NAME"}
+
+
+@pytest.mark.parametrize(
+    ("name", "value"), [("KAFKA_NO_SUCH_THING", "1"), ("KAFKA_FETCH_MIN_BYTES", "many")]
+)
+def test_a_kafka_property_that_cannot_be_set_ends_a_replica(
+    base_environment: Environment, name: str, value: str
+) -> None:
+    """Exit 2 with what the client says of it."""
+    ended = run({**base_environment, name: value}, "consume")
+
+    assert ended.returncode == 2
+    assert name.removeprefix("KAFKA_").lower().replace("_", ".") in ended.stderr
+    assert "Traceback" not in ended.stderr
 
 
 @pytest.mark.parametrize(("arguments", "output"), [(["--json"], "[]"), ([], "")])
@@ -54,3 +69,52 @@ def test_a_mail_is_shown_without_address_and_content(
     assert (row["partition"], row["offset"]) == (2, 7)
     assert row["reason"] == "RCPT: 550 5.1.1 no such user"
     assert "minji" not in shown.stdout + run(base_environment, "mails", "show", "order-1").stdout
+
+
+@pytest.mark.parametrize(
+    ("suffix", "expected"), [("html", "<!DOCTYPE"), ("txt", "주문"), ("eml", "From: ")]
+)
+def test_a_preview_is_written_where_it_is_asked_for(
+    base_environment: Environment, tmp_path: Path, suffix: str, expected: str
+) -> None:
+    """The very mail that a customer would get, without a relay or a ledger."""
+    out = tmp_path / f"mail.{suffix}"
+    away = {**base_environment, "DATABASE_URL": "postgresql://x@127.0.0.1:1/x"}
+
+    ended = run(away, "preview", "--locale", "ko", "--out", str(out))
+
+    assert (ended.returncode, ended.stdout) == (0, "")
+    assert out.read_bytes().decode().startswith(expected)
+
+
+def test_a_preview_of_an_event_that_makes_no_mail_says_why(
+    base_environment: Environment, tmp_path: Path
+) -> None:
+    """Exit 3, and the reason a dead letter would have."""
+    event = tmp_path / "event.json"
+    event.write_text('{"orderId": "1"}', encoding="utf-8")
+
+    ended = run(base_environment, "preview", "--event", str(event))
+
+    assert ended.returncode == 3
+    assert "not an OrderCreatedEvent: amount, email, userId" in ended.stderr
+
+
+def test_a_preview_shows_the_text(base_environment: Environment) -> None:
+    """To a terminal, subject first."""
+    shown = run(base_environment, "preview", "--locale", "en").stdout
+
+    assert shown.startswith("[Tea House] We have your order")
+    assert "Thank you for your order" in shown
+
+
+def test_templates_that_are_broken_end_a_replica(
+    base_environment: Environment, tmp_path: Path
+) -> None:
+    """Exit 2 at the start, not a DEAD mail later."""
+    (tmp_path / "confirmation.txt").write_text("{{ coupon }}", encoding="utf-8")
+
+    ended = run({**base_environment, "MAIL_TEMPLATES": str(tmp_path)}, "consume")
+
+    assert ended.returncode == 2
+    assert "'coupon' is undefined" in ended.stderr

@@ -2,6 +2,7 @@
 
 import threading
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from typing import Any
 from uuid import UUID, uuid4
@@ -10,12 +11,15 @@ import pytest
 from harness import Ledger
 from sqlalchemy import Engine
 
-from mail_service import ledger
-from mail_service.ledger import Mail, Move, NewDeadLetter, NewMail, PositionMoved, Start
+from mail_service import ledger, positions
+from mail_service.ledger import Mail, NewDeadLetter, NewMail, NotSent
+from mail_service.positions import Move, PositionMoved, Start
+from mail_service.startup import StartUpRefused
 
 TOPIC_ID = "topic-1"
 EVENT = b'{"orderId": "order-1"}'
 HOUR = timedelta(hours=1)
+LONG_AGO = datetime(2000, 1, 1, tzinfo=UTC)
 LEASE_SECONDS = 30.0
 
 
@@ -55,7 +59,7 @@ def hire(engine: Engine) -> UUID:
     """Give a new replica a lease."""
     replica_id = uuid4()
     with engine.begin() as connection:
-        ledger.renew_lease(
+        ledger.take_lease(
             connection, replica_id=replica_id, name="replica", lease_seconds=LEASE_SECONDS
         )
     return replica_id
@@ -66,7 +70,7 @@ def opened(engine: Engine) -> None:
     """Open partition 0 and 1 at their start."""
     with engine.begin() as connection:
         for partition in (0, 1):
-            ledger.start_of(
+            positions.start_of(
                 connection,
                 cluster_id="cluster",
                 topic_id=TOPIC_ID,
@@ -85,40 +89,56 @@ def take_in(
 ) -> list[Mail]:
     """Take a batch in, in a transaction of its own."""
     with engine.begin() as connection:
-        return ledger.take_in(
+        taken_in = ledger.take_in(
             connection,
             replica_id=replica_id,
             mails=mails,
             dead_letters=dead_letters,
             moves=moves,
         )
+    return list(taken_in.claimed)
 
 
 def take_up(engine: Engine, replica_id: UUID, limit: int = 100) -> list[str]:
     """Take due mails up; return their orders."""
     with engine.begin() as connection:
         return [
-            mail.order_id for mail in ledger.take_up(connection, replica_id=replica_id, limit=limit)
+            mail.order_id
+            for mail in ledger.take_up(
+                connection,
+                replica_id=replica_id,
+                lease_until=LONG_AGO,
+                in_hand=(),
+                limit=limit,
+            )
         ]
 
 
 def end_leases(engine: Engine, *, is_resent: bool = True, delay_seconds: float = 60) -> int:
     """Make UNKNOWN what has no owner."""
     with engine.begin() as connection:
-        return ledger.end_leases(connection, is_resent=is_resent, delay_seconds=delay_seconds)
+        return ledger.end_leases(
+            connection, in_hand=(), is_resent=is_resent, delay_seconds=delay_seconds
+        )
 
 
 def record_open(engine: Engine, mail: Mail, replica_id: UUID, **changes: Any) -> None:
     """Record that a mail was not sent."""
     values = {"state": "RETRY", "reason": "RCPT: 451 later", "due_seconds": 0.0, **changes}
+    ended = NotSent(id=mail.id, attempts=mail.attempts, **values)
     with engine.begin() as connection:
-        ledger.record_open(connection, mail=mail, replica_id=replica_id, **values)
+        ledger.record_open(connection, [ended], replica_id=replica_id)
 
 
 def record_sent(engine: Engine, *mails: Mail) -> None:
     """Record a 250 for each."""
     with engine.begin() as connection:
-        ledger.record_sent(connection, {mail.id: "250 ok" for mail in mails}, sent_by="replica-a")
+        ledger.record_sent(
+            connection,
+            [(mail, "250 ok") for mail in mails],
+            sent_by="replica-a",
+            template_digest="d1",
+        )
 
 
 def lapse(rows: Ledger, replica_id: UUID) -> None:
@@ -157,6 +177,7 @@ def test_a_new_order_is_claimed(engine: Engine, ledger_rows: Ledger, replica: UU
         give_up_at=mail.give_up_at,
         attempts=1,
         unknown_count=0,
+        suspected_at=None,
     )
     row = ledger_rows.mail("order-1")
     assert (row["state"], row["owner"]) == ("SENDING", replica)
@@ -173,11 +194,19 @@ def test_a_known_order_is_not_claimed_again(engine: Engine, replica: UUID) -> No
     assert [mail.order_id for mail in again] == ["order-2"]
 
 
-def test_an_order_twice_in_one_batch_is_claimed_once(engine: Engine, replica: UUID) -> None:
-    """A redelivery may come right after its first."""
-    claimed = take_in(engine, replica, [new_mail("order-1"), new_mail("order-1", offset=1)])
+def test_an_order_twice_in_one_batch_is_claimed_once(
+    engine: Engine, ledger_rows: Ledger, replica: UUID
+) -> None:
+    """A redelivery may come right after its first, which counts, whatever the other says."""
+    first, second = (new_mail("order-1", offset=offset) for offset in (3, 4))
+    other = replace(second, event=b"{}")
 
-    assert [mail.order_id for mail in claimed] == ["order-1"]
+    claimed = take_in(engine, replica, [first, other, new_mail("order-0", offset=5)])
+
+    row = ledger_rows.mail("order-1")
+    events = {mail.order_id: mail.event for mail in claimed}
+    assert (len(claimed), events) == (2, {"order-0": EVENT, "order-1": EVENT})
+    assert (row["offset"], bytes(row["event"])) == (3, EVENT)
 
 
 @pytest.mark.parametrize("state", ["SENT", "ERASED", "DEAD", "RETRY", "UNKNOWN", "HELD"])
@@ -324,7 +353,7 @@ def test_a_partition_never_read_is_read_from_its_start(engine: Engine, replica: 
     """Its position is opened there, and stays when the log's start moves on."""
     with engine.begin() as connection:
         starts = [
-            ledger.start_of(
+            positions.start_of(
                 connection,
                 cluster_id="cluster",
                 topic_id=TOPIC_ID,
@@ -334,7 +363,8 @@ def test_a_partition_never_read_is_read_from_its_start(engine: Engine, replica: 
             for log_start in (4, 9)
         ]
 
-    assert starts == [Start(4, 0), Start(4, 0)]
+    start = Start(4, 0, "cluster", 0, 0, None)
+    assert starts == [start, start]
 
 
 def test_a_position_belongs_to_its_topic_id(engine: Engine, replica: UUID, opened: None) -> None:
@@ -342,7 +372,7 @@ def test_a_position_belongs_to_its_topic_id(engine: Engine, replica: UUID, opene
     take_in(engine, replica, moves=[move(0, 9)])
 
     with engine.begin() as connection:
-        start = ledger.start_of(
+        start = positions.start_of(
             connection, cluster_id="cluster", topic_id="topic-2", partition=0, log_start=0
         )
 
@@ -419,7 +449,9 @@ def test_two_replicas_take_up_different_mails(
         put(ledger_rows, f"order-{number}", "RETRY", due_in=-100 + number)
 
     with engine.begin() as connection:
-        mine = ledger.take_up(connection, replica_id=replica, limit=6)
+        mine = ledger.take_up(
+            connection, replica_id=replica, lease_until=LONG_AGO, in_hand=(), limit=6
+        )
         theirs = take_up(engine, hire(engine), limit=6)
 
     assert {mail.order_id for mail in mine} == {f"order-{number}" for number in range(6)}
@@ -468,11 +500,42 @@ def test_a_lease_that_is_renewed_keeps_its_rows(
     take_in(engine, replica, [new_mail("order-1")])
     lapse(ledger_rows, replica)
     with engine.begin() as connection:
-        ledger.renew_lease(
-            connection, replica_id=replica, name="replica", lease_seconds=LEASE_SECONDS
+        renewal = ledger.renew_lease(
+            connection, replica_id=replica, lease_seconds=LEASE_SECONDS, known_until=LONG_AGO
         )
 
+    assert renewal.until - renewal.at > timedelta(seconds=LEASE_SECONDS - 1)
     assert end_leases(engine) == 0
+
+
+def test_a_lease_whose_commit_was_not_heard_is_taken_again(
+    engine: Engine, ledger_rows: Ledger, replica: UUID
+) -> None:
+    """It is this replica's own: nobody else has its id."""
+    with engine.begin() as connection:
+        ledger.take_lease(connection, replica_id=replica, name="replica", lease_seconds=60)
+
+    assert len(ledger_rows.rows("SELECT FROM replicas")) == 1
+
+
+def test_a_ledger_that_knows_less_of_a_lease_was_set_back(
+    engine: Engine, ledger_rows: Ledger, replica: UUID
+) -> None:
+    """Such a one would have mails sent again: none is claimed, and the lease is not renewed."""
+    put(ledger_rows, "order-1", "RETRY", due_in=-1)
+    ((until,),) = [row.values() for row in ledger_rows.rows("SELECT lease_until FROM replicas")]
+    lapse(ledger_rows, replica)
+
+    with engine.begin() as connection:
+        assert not ledger.take_up(
+            connection, replica_id=replica, lease_until=until, in_hand=(), limit=1
+        )
+    for _ in range(2):
+        with pytest.raises(StartUpRefused, match="set back"), engine.begin() as connection:
+            ledger.renew_lease(
+                connection, replica_id=replica, lease_seconds=LEASE_SECONDS, known_until=until
+            )
+        ledger_rows.change("DELETE FROM replicas")
 
 
 def test_a_lease_that_was_given_back_frees_its_rows(
@@ -508,7 +571,7 @@ def test_a_claim_that_was_not_confirmed_is_due_at_once(
     take_in(engine, hire(engine), [new_mail("order-3")])
 
     with engine.begin() as connection:
-        ledger.release_stray(connection, replica_id=replica, in_slots=[in_slot.id])
+        ledger.release_stray(connection, replica_id=replica, in_hand=[in_slot.id])
 
     row = ledger_rows.mail("order-2")
     assert (row["state"], row["owner"], row["attempts"]) == ("RETRY", None, 0)
@@ -523,7 +586,7 @@ def test_an_idle_replica_releases_all_it_owns(
     take_in(engine, replica, [new_mail("order-1")])
 
     with engine.begin() as connection:
-        ledger.release_stray(connection, replica_id=replica, in_slots=[])
+        ledger.release_stray(connection, replica_id=replica, in_hand=[])
 
     assert ledger_rows.states() == {"RETRY": 1}
 
@@ -548,10 +611,23 @@ def test_many_250s_are_written_together(engine: Engine, ledger_rows: Ledger, rep
     mails = take_in(engine, replica, [new_mail(f"order-{number}") for number in range(5)])
 
     with engine.begin() as connection:
-        replies = {mail.id: f"250 {mail.order_id}" for mail in mails}
-        ledger.record_sent(connection, replies, sent_by="replica-a")
+        accepted = [(mail, f"250 {mail.order_id}") for mail in mails]
+        ledger.record_sent(connection, accepted, sent_by="replica-a", template_digest="d1")
 
-    assert {row["reply"] for row in ledger_rows.mails().values()} == set(replies.values())
+    replies = {order_id: row["reply"] for order_id, row in ledger_rows.mails().items()}
+    assert replies == {mail.order_id: reply for mail, reply in accepted}
+
+
+def test_a_250_of_another_mail_is_not_written(
+    engine: Engine, ledger_rows: Ledger, replica: UUID
+) -> None:
+    """A ledger that was restored gives ids out again: the Message-ID is looked at too."""
+    (mail,) = take_in(engine, replica, [new_mail("order-1")])
+    ledger_rows.change("UPDATE deliveries SET message_id = '<another@mail>'")
+
+    record_sent(engine, mail)
+
+    assert ledger_rows.states() == {"SENDING": 1}
 
 
 RETAKEN: dict[str, Callable[[Ledger], object]] = {
@@ -599,7 +675,9 @@ def test_the_first_250_is_the_one_that_is_kept(
     before = ledger_rows.mail("order-1")
 
     with engine.begin() as connection:
-        ledger.record_sent(connection, {mail.id: "250 again"}, sent_by="replica-b")
+        ledger.record_sent(
+            connection, [(mail, "250 again")], sent_by="replica-b", template_digest="d1"
+        )
 
     assert ledger_rows.mail("order-1") == before
 
@@ -629,6 +707,35 @@ def test_a_mail_that_was_not_sent_stays_open(
         assert row["due_at"] is None
     else:
         assert 55 < seconds_until_due(ledger_rows, "order-1") <= 60
+
+
+def test_mails_that_were_not_sent_are_written_together(
+    engine: Engine, ledger_rows: Ledger, replica: UUID
+) -> None:
+    """Each with what became of it; an attempt that put the relay to the test is given back."""
+    mails = take_in(engine, replica, [new_mail(f"order-{number}") for number in range(3)])
+    suspected_at = datetime(2026, 11, 21, tzinfo=UTC)
+    became = [
+        {"state": "RETRY", "reason": "a", "due_seconds": 60.0, "is_attempt": False},
+        {"state": "RETRY", "reason": "b", "due_seconds": 0.0, "suspected_at": suspected_at},
+        {"state": "UNKNOWN", "reason": "c", "due_seconds": None},
+    ]
+    ended = [
+        NotSent(id=mail.id, attempts=1, **values)
+        for mail, values in zip(mails, became, strict=True)
+    ]
+
+    with engine.begin() as connection:
+        ledger.record_open(connection, ended, replica_id=replica)
+
+    names = ("state", "reason", "attempts", "suspected_at", "unknown_count")
+    rows = ledger_rows.mails()
+    assert [tuple(rows[mail.order_id][name] for name in names) for mail in mails] == [
+        ("RETRY", "a", 0, None, 0),
+        ("RETRY", "b", 1, suspected_at, 0),
+        ("UNKNOWN", "c", 1, None, 1),
+    ]
+    assert 55 < seconds_until_due(ledger_rows, mails[0].order_id) <= 60
 
 
 @pytest.mark.parametrize("state", ["RETRY", "UNKNOWN", "DEAD"])
@@ -682,3 +789,28 @@ def test_an_unknown_mail_that_is_too_old_waits_for_a_person(
     assert take_up(engine, replica) == []
     row = ledger_rows.mail("order-1")
     assert (row["state"], row["reason"], row["due_at"]) == ("UNKNOWN", "expired", None)
+
+
+def test_only_old_closed_rows_without_a_record_are_purged(
+    engine: Engine, replica: UUID, ledger_rows: Ledger
+) -> None:
+    """A row that is open, young, or whose record is still there, keeps its order from a mail."""
+    claimed = [new_mail(f"order-{number}", offset=number) for number in range(6)]
+    with engine.begin() as connection:
+        taken_in = ledger.take_in(
+            connection, replica_id=replica, mails=claimed, dead_letters=[], moves=[]
+        )
+        accepted = [(mail, "250") for mail in taken_in.claimed if mail.order_id != "order-0"]
+        ledger.record_sent(connection, accepted, sent_by="replica", template_digest="d1")
+    ledger_rows.change(
+        "UPDATE deliveries SET taken_in_at = now() - interval '401 days'"
+        " WHERE order_id <> 'order-1'"
+    )
+    ledger_rows.change("UPDATE deliveries SET topic_id = 'older' WHERE order_id = 'order-5'")
+    ledger_rows.change("UPDATE deliveries SET partition = 1 WHERE order_id = 'order-2'")
+
+    with engine.begin() as connection:
+        counts = [ledger.purge(connection, {0: (TOPIC_ID, 4)}, days=400, limit=1) for _ in range(3)]
+
+    assert counts == [1, 1, 0]
+    assert set(ledger_rows.mails()) == {"order-0", "order-1", "order-2", "order-4"}

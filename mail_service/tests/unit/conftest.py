@@ -24,6 +24,7 @@ def environment() -> dict[str, str]:
         "SMTP_HOST": "relay",
         "SMTP_TLS": "off",
         "MAIL_FROM": "orders@shop.example",
+        "MAIL_ONLY_TO": "*",
         "SHOP_NAME": "Tea House",
         "SHOP_URL": "https://shop.example",
     }

@@ -1,6 +1,7 @@
 """An event → the bytes of one mail."""
 
 import html
+import re
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from decimal import Decimal
@@ -11,8 +12,16 @@ from email.utils import parsedate_to_datetime
 from typing import Any
 
 import pytest
+from babel.numbers import format_currency, list_currencies
 
-from mail_service.confirmation import CannotRender, ComposedMail, Confirmation, Shop, message_id
+from mail_service.confirmation import (
+    CannotRender,
+    ComposedMail,
+    Confirmation,
+    Shop,
+    _money,
+    message_id,
+)
 from mail_service.events import Item, OrderCreated
 from mail_service.settings import Settings
 
@@ -26,6 +35,7 @@ SHOP = Shop(
     mail_from="orders@shop.example",
     reply_to=None,
     bounce_to=None,
+    templates=None,
 )
 BARE = OrderCreated(
     order_id="1001",
@@ -109,8 +119,9 @@ def test_the_required_fields_alone_make_a_good_mail(locale: str) -> None:
         assert "18:00" in body
         assert "Tea House" in body
         assert "https://shop.example/orders/1001" in body
+        assert "orders@shop.example" in body
         assert "None" not in body
-    assert "<table" not in rich
+    assert 'scope="col"' not in rich
 
 
 @pytest.mark.parametrize("locale", ["ko", "en"])
@@ -147,6 +158,7 @@ def test_the_headers_are_those_of_a_machines_mail() -> None:
         "X-Auto-Response-Suppress": ["All"],
         "Content-Language": ["ko"],
         "X-Order-Id": ["1001"],
+        "X-Entity-Ref-ID": ["1001"],
         "MIME-Version": ["1.0"],
         "Content-Type": message.get_all("Content-Type"),
     }
@@ -213,6 +225,17 @@ def test_money_is_written_as_its_currency_is(
     assert f"{label}{written}" in text.splitlines()
 
 
+@pytest.mark.parametrize("language", ["ko", "en"])
+def test_every_currency_is_written_as_babel_writes_it(language: str) -> None:
+    """Whole and broken amounts, small and large, halves included."""
+    amounts = [Decimal(text) for text in ("0", "0.5", "1.5", "2.345", "999.995", "1234567.8915")]
+    amounts.append(Decimal(10**15 - 1))
+    for currency in list_currencies():
+        for amount in amounts:
+            expected = format_currency(amount, currency, locale=language)
+            assert _money(language, currency)(amount) == expected
+
+
 @pytest.mark.parametrize(
     ("zone", "written"),
     [("Asia/Seoul", "November 22, 2026 08:30"), ("America/New_York", "November 21, 2026 18:30")],
@@ -234,10 +257,8 @@ def test_a_name_is_text_whatever_it_looks_like(name: str, locale: str) -> None:
 
     text, rich = bodies(replace(BARE, locale=locale, items=(item,)))
 
-    assert f"- {name} " in text
-    assert f"<td>{html.escape(name)}</td>" in rich.replace("&#34;", "&quot;").replace(
-        "&#39;", "&#x27;"
-    )
+    assert f"- {name}" in text.splitlines()
+    assert f">{html.escape(name)}<br>" in rich.replace("&#34;", "&quot;").replace("&#39;", "&#x27;")
 
 
 @pytest.mark.parametrize(
@@ -277,6 +298,29 @@ def test_a_domain_in_other_letters_travels_in_ascii() -> None:
     assert envelope.recipient == read(envelope)["To"] == "minji@xn--exmple-cua.de"
 
 
+def test_a_name_in_other_letters_is_the_recipients_own() -> None:
+    """Header and envelope carry it in UTF-8 (RFC 6532), the domain in ASCII all the same."""
+    envelope = compose(replace(BARE, email="민지@exämple.de"))
+
+    assert envelope.recipient == "민지@xn--exmple-cua.de"
+    message = BytesParser(policy=policy.SMTPUTF8).parsebytes(envelope.content)
+    assert message["To"] == envelope.recipient
+    assert [line for line in envelope.content.splitlines() if not line.isascii()] == [
+        f"To: {envelope.recipient}".encode()
+    ]
+
+
+@pytest.mark.parametrize("shop_name", ["차 한 잔 " * 12, "Tea House " * 30, "a" * 200, "茶" * 60])
+def test_a_long_subject_is_folded_and_arrives_whole(shop_name: str) -> None:
+    """No line is longer than 76 characters, and no letter is cut (RFC 2047 §5)."""
+    envelope = compose(replace(BARE, locale="ko"), replace(SHOP, name=shop_name.strip()))
+
+    head = envelope.content.partition(b"\r\n\r\n")[0]
+    (subject,) = re.findall(rb"^Subject: .*(?:\r\n[ \t].*)*", head, re.MULTILINE)
+    assert max(map(len, subject.split(b"\r\n"))) <= 76 + len("Subject: ")
+    assert shop_name.strip() in read(envelope)["Subject"]
+
+
 NO_MAIL = {
     "comma": replace(BARE, email="a@example.com, b@example.com"),
     "comma without a space": replace(BARE, email="a@example.com,b@example.com"),
@@ -290,7 +334,10 @@ NO_MAIL = {
     "empty label": replace(BARE, email="minji@example..com"),
     "long label": replace(BARE, email=f"minji@{'é' * 100}.com"),
     "two dots": replace(BARE, email="min..ji@example.com"),
-    "local part in other letters": replace(BARE, email="민지@example.com"),
+    "local part that cannot be seen": replace(BARE, email="min\u200bji@example.com"),
+    "local part that runs backwards": replace(BARE, email="min\u202eji@example.com"),
+    "local part with a wide space": replace(BARE, email="min\u3000ji@example.com"),
+    "long local part": replace(BARE, email=f"{'민' * 22}@example.com"),
     "surrogate": replace(BARE, items=(Item("X", "\ud800", 1, Decimal(1)),)),
     "quantity without end": replace(BARE, items=(Item("X", "x", 10**30, Decimal(1)),)),
     "end of time": replace(BARE, ordered_at=datetime(9999, 12, 31, 23, 59, tzinfo=UTC)),

@@ -116,6 +116,7 @@ def test_a_key_that_contradicts_the_order_is_unreadable(key: bytes) -> None:
         read(record(event(), key=key))
 
 
+@pytest.mark.fault("F-P6")
 @pytest.mark.parametrize("key", [None, b"", b"1001"])
 def test_a_key_is_not_needed(key: bytes | None) -> None:
     """A producer without keys is understood."""
@@ -199,6 +200,16 @@ UNREADABLE = {
     "currency in small letters": event(currency="krw"),
     "time without sense": event(orderedAt="yesterday"),
     "items as an object": event(items={"sku": "TEA"}),
+    "no items": event(items=None),
+    "an item as a list": event(items=[["TEA", "Tea", 1, "12000"]]),
+    "an item as a string": event(items=["TEA"]),
+    "no item": event(items=[item(), None]),
+    "an item without a price": event(items=[{"sku": "TEA", "name": "Tea", "quantity": 1}]),
+    "a number as a name": event(items=[item(name=7)]),
+    "a null byte in a name": event(items=[item(name="T\0a")]),
+    "a null byte in a sku": event(items=[item(sku="T\0A")]),
+    "201 characters": event(items=[item(name="t" * 201)]),
+    "a sku of 65": event(items=[item(sku="T" * 65)]),
     "item without a name": event(items=[item(name="")]),
     "quantity zero": event(items=[item(quantity=0)]),
     "half a quantity": event(items=[item(quantity=0.5)]),

@@ -13,7 +13,9 @@ from mail_service.models import Base
 SOURCE = Path(mail_service.__file__).parent
 FILES = sorted(SOURCE.rglob("*.py"))
 STATEMENT = re.compile(r"\b(SELECT|INSERT|UPDATE|DELETE)\b")
-TABLE = re.compile(r"\b(?:FROM|JOIN|INTO|UPDATE)\s+(?!unnest|SET\b|SKIP\b)([a-z_]+)")
+TABLE = re.compile(r"\b(?:FROM|JOIN|INTO|UPDATE)\s+(?!unnest|SET\b|SKIP\b|OF\b)([a-z_]+)\b(?!\()")
+# A part of a statement that has a name, as a table has.
+NAMED = re.compile(r"\b([a-z_]+) AS \(")
 
 
 def texts() -> Iterator[str]:
@@ -41,5 +43,6 @@ def test_the_statements_touch_the_ledgers_tables_only() -> None:
     statements = [text for text in texts() if STATEMENT.search(text)]
 
     touched = {name for statement in statements for name in TABLE.findall(statement)}
+    touched -= {name for statement in statements for name in NAMED.findall(statement)}
 
-    assert touched == set(Base.metadata.tables)
+    assert touched - {"pg_settings", "alembic_version"} == set(Base.metadata.tables)

@@ -9,6 +9,7 @@ from alembic.util import CommandError
 from sqlalchemy import text
 
 from mail_service.models import make_engine
+from mail_service.operate.output import CannotBeDone, examples
 from mail_service.settings import Settings
 
 MIGRATIONS = Path(__file__).parent.parent / "migrations"
@@ -20,7 +21,7 @@ _NO_HURRY = text("""
 """)
 
 
-@click.command()
+@click.command(epilog=examples("mail-service migrate", "mail-service migrate --check"))
 @click.option("--check", is_flag=True, help="Change nothing; fail when tables and code differ.")
 def migrate(*, check: bool) -> None:
     """Bring the database to the schema of this release."""
@@ -36,5 +37,6 @@ def migrate(*, check: bool) -> None:
             else:
                 command.upgrade(config, "head")
         except CommandError as error:
-            raise click.ClickException(str(error)) from error
+            kind = click.ClickException if check else CannotBeDone
+            raise kind(str(error)) from error
     click.echo("tables and code agree" if check else "migrated")
