@@ -9,14 +9,14 @@ from rich.console import Console
 
 from deploy.embedded import pair
 from deploy.embedded.command import with_parts
-from deploy.embedded.errors import StackError
+from deploy.embedded.errors import NotRunningError, StackError
 from deploy.embedded.infrastructure import PARTS
-from deploy.embedded.jars import REPOSITORY
 from deploy.embedded.ports import Ports
-from deploy.embedded.state import fresh_root
+from deploy.embedded.shell import open_shell
+from deploy.embedded.state import KEPT, RUN_DIRECTORY, fresh_root
 
-RUN_DIRECTORY = REPOSITORY / ".run"
-KEPT = RUN_DIRECTORY / "stack"
+EXIT_FAILED = 1
+EXIT_USAGE = 2
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -25,7 +25,9 @@ def main(arguments: Sequence[str]) -> int:
     try:
         match options.command_name:
             case "run":
-                return pair.run(options.state)
+                return pair.run(options.state, Ports(use_defaults=not options.free_ports))
+            case "shell":
+                return open_shell(options.state)
             case "demo":
                 with fresh_root(RUN_DIRECTORY) as root:
                     return pair.demo(root)
@@ -33,7 +35,7 @@ def main(arguments: Sequence[str]) -> int:
                 return _with(options)
     except (StackError, OSError) as error:
         Console(stderr=True, soft_wrap=True).print(str(error), style="red", markup=False)
-        return 1
+        return EXIT_USAGE if isinstance(error, NotRunningError) else EXIT_FAILED
 
 
 def _with(options: argparse.Namespace) -> int:
@@ -53,6 +55,9 @@ def _parse(arguments: Sequence[str]) -> argparse.Namespace:
     commands = parser.add_subparsers(dest="command_name", required=True)
     run = commands.add_parser("run", help="the pair, a sample order, and up until Ctrl-C")
     run.add_argument("--state", type=Path, default=KEPT, metavar="DIR")
+    run.add_argument("--free-ports", action="store_true", help="take none of the default ports")
+    shell = commands.add_parser("shell", help="a second terminal on the pair that runs")
+    shell.add_argument("--state", type=Path, default=KEPT, metavar="DIR")
     commands.add_parser("demo", help="the pair on an empty state, a sample order, and the end")
     with_ = commands.add_parser(
         "with",

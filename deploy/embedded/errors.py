@@ -7,3 +7,11 @@ class StackError(Exception):
 
 class StoppingError(StackError):
     """A start was given up because the stack is stopping."""
+
+
+class WrongUsageError(StackError):
+    """What was asked for makes no sense here; nothing was done."""
+
+
+class NotRunningError(StackError):
+    """No stack listens on this state directory."""

@@ -1,6 +1,6 @@
 """What both services stand on: the broker, a database each, and the inbox."""
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 
 from deploy.embedded.inbox import inbox_part
@@ -38,7 +38,13 @@ class Addresses:
         return {key: text for part in parts for key, text in variables[part].items()}
 
 
-def add_infrastructure(stack: Stack, ports: Ports, names: Collection[str] = PARTS) -> Addresses:
+def add_infrastructure(
+    stack: Stack,
+    ports: Ports,
+    names: Collection[str] = PARTS,
+    *,
+    broker_settings: Mapping[str, str] | None = None,
+) -> Addresses:
     """Add the named parts to the stack and say where each of them will answer."""
     state = stack.state
     order_database = Database(state, "order-db", "order_service", ports.choose(5433))
@@ -46,7 +52,9 @@ def add_infrastructure(stack: Stack, ports: Ports, names: Collection[str] = PART
     kafka_port, controller_port = ports.choose(9092), ports.choose(9093)
     smtp_port, inbox_port = ports.choose(1025), ports.choose(8025)
     parts = {
-        "kafka": kafka_part(state, port=kafka_port, controller_port=controller_port),
+        "kafka": kafka_part(
+            state, port=kafka_port, controller_port=controller_port, settings=broker_settings
+        ),
         "order-db": database_part(order_database),
         "mail-db": database_part(mail_database),
         "inbox": inbox_part(state, smtp_port=smtp_port, http_port=inbox_port),

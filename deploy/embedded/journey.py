@@ -1,20 +1,18 @@
 """One order's way to its mail, hop by hop, told from outside: HTTP, and both services' --json."""
 
-import json
-import subprocess
 import time
 import uuid
 from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from pathlib import Path
-from typing import Any
 
 import httpx
 
+from deploy.commands import ServiceCommand
 from deploy.embedded.errors import StackError
 from deploy.embedded.mailbox import Mailbox
 from deploy.embedded.services import MAIL_SERVICE, ORDER_SERVICE, Pair
+from deploy.hops import Hop, hops
 
 USER = "sample-user"
 ORDER = {
@@ -23,17 +21,8 @@ ORDER = {
     "items": [{"sku": "TEA-GREEN-50", "quantity": 2}, {"sku": "CUP-WHITE", "quantity": 1}],
 }
 HTTP_TIMEOUT_SECONDS = 10.0
-COMMAND_TIMEOUT_SECONDS = 30.0
 MAIL_SECONDS = 30.0
 POLL_SECONDS = 0.05
-
-
-@dataclass(frozen=True)
-class Hop:
-    """One thing that happened, so many milliseconds after the request."""
-
-    milliseconds: float
-    what: str
 
 
 @dataclass(frozen=True)
@@ -41,11 +30,12 @@ class Journey:
     """A sample order, its hops and the text of its mail."""
 
     order_id: str
+    requested_at: datetime
     hops: list[Hop]
     mail_text: str
 
 
-def travel(pair: Pair, mailbox: Mailbox, replica_pids: Mapping[int, str]) -> Journey:
+def travel(pair: Pair, mailbox: Mailbox, replica_pids: Mapping[str, str]) -> Journey:
     """Place a sample order and follow it; raise StackError when no mail comes."""
     headers = {"Authorization": f"Bearer {token(pair)}", "Idempotency-Key": str(uuid.uuid4())}
     with httpx.Client(base_url=pair.api_url, timeout=HTTP_TIMEOUT_SECONDS) as client:
@@ -57,27 +47,18 @@ def travel(pair: Pair, mailbox: Mailbox, replica_pids: Mapping[int, str]) -> Jou
         order_id = response.json()["id"]
         _wait_for_completed(client, order_id, headers)
     mail_text = _wait_for_mail(mailbox, order_id)
-
-    def hop(at: str | datetime, what: str) -> Hop:
-        moment = datetime.fromisoformat(at) if isinstance(at, str) else at
-        return Hop((moment - requested_at).total_seconds() * 1000, what)
-
-    (row,) = _ask(ORDER_SERVICE, pair.order_environment, "outbox", "show", order_id)
-    (mail,) = _ask(MAIL_SERVICE, pair.mail_environment, "mails", "show", order_id)
-    pid = int(mail["sent_by"].rpartition("-")[2])
-    where = f"partition {row['partition']}, offset {row['offset']}"
-    hops = [
-        hop(answered_at, f"201, order {order_id}"),
-        hop(row["published_at"], f"INIT → PUBLISHED, {where}"),
-        hop(row["completed_at"], "COMPLETED: read back from the topic"),
-        hop(mail["sent_at"], f"{mail['reply']}, to {replica_pids.get(pid, mail['sent_by'])}"),
-    ]
-    return Journey(order_id, hops, mail_text)
+    events = _order_service(pair).ask("outbox", "show", order_id, "--json")
+    mails = _mail_service(pair).ask("mails", "show", order_id, "--json")
+    for mail in mails:
+        pid = (mail["sent_by"] or "").rpartition("-")[2]
+        mail["sent_by"] = replica_pids.get(pid, mail["sent_by"])
+    answered = Hop(answered_at, f"201, order {order_id}")
+    return Journey(order_id, requested_at, hops(events, mails, answered), mail_text)
 
 
 def token(pair: Pair) -> str:
     """Return a bearer token of the development issuer."""
-    return _run(ORDER_SERVICE, pair.order_environment, "token", "--user", USER).strip()
+    return _order_service(pair).print_out("token", "--user", USER).strip()
 
 
 def _wait_for_completed(client: httpx.Client, order_id: str, headers: Mapping[str, str]) -> None:
@@ -100,20 +81,9 @@ def _wait_for_mail(mailbox: Mailbox, order_id: str) -> str:
     raise StackError(f"no mail for {order_id} came within {MAIL_SECONDS:g} s")
 
 
-def _ask(program: Path, environment: Mapping[str, str], *arguments: str) -> list[dict[str, Any]]:
-    rows: list[dict[str, Any]] = json.loads(_run(program, environment, *arguments, "--json"))
-    return rows
+def _order_service(pair: Pair) -> ServiceCommand:
+    return ServiceCommand([str(ORDER_SERVICE)], pair.order_environment)
 
 
-def _run(program: Path, environment: Mapping[str, str], *arguments: str) -> str:
-    done = subprocess.run(
-        [program, *arguments],
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=COMMAND_TIMEOUT_SECONDS,
-        check=False,
-    )
-    if done.returncode != 0:
-        raise StackError(f"{program.name} {' '.join(arguments)}: {done.stderr.strip()}")
-    return done.stdout
+def _mail_service(pair: Pair) -> ServiceCommand:
+    return ServiceCommand([str(MAIL_SERVICE)], pair.mail_environment)

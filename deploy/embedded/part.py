@@ -92,6 +92,7 @@ class Part:
     stop_signal: signal.Signals = signal.SIGTERM
     stop_seconds: float = 10.0
     _process: subprocess.Popen[bytes] | None = field(default=None, init=False, repr=False)
+    _started_at: float = field(default=0.0, init=False, repr=False)
     _is_ended: bool = field(default=True, init=False, repr=False)
     _lock: threading.RLock = field(default_factory=threading.RLock, init=False, repr=False)
 
@@ -110,6 +111,11 @@ class Part:
         """Whether the process is alive."""
         return self._process is not None and self._process.poll() is None
 
+    @property
+    def age_seconds(self) -> float | None:
+        """How long the process has been there; None while there is none."""
+        return time.monotonic() - self._started_at if self.is_running else None
+
     def bring_up(self, attempt: Attempt) -> None:
         """Prepare, start, wait until it answers, and finish what needs an answering process."""
         if self.prepare:
@@ -126,6 +132,7 @@ class Part:
         with self._lock:
             self.kill()
             self._process = self.command.spawn()
+            self._started_at = time.monotonic()
             self._is_ended = False
             leftovers.note(self.pid_path, self._process.pid, self.stop_signal)
 

@@ -19,6 +19,8 @@ PRODUCTS = REPOSITORY / "deploy/products.csv"
 PROBE_TIMEOUT_SECONDS = 2.0
 # A replica awaits answers for 30 s before it leaves.
 STOP_SECONDS = 40.0
+# The group lets a replica in only after one that vanished has been away for 45 s.
+REPLICA_READY_SECONDS = 100.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,15 +60,25 @@ def add_pair(
         _service(state, "order-relay", order, ports.choose(8002), str(ORDER_SERVICE), "relay"),
         ["order-migrate", "order-topics"],
     )
-    for number in range(1, mail_replicas + 1):
-        port = ports.choose(8010 + number)
-        stack.add(
-            _service(state, f"mail-{number}", mail, port, str(MAIL_SERVICE), "consume"),
-            ["mail-migrate", "order-topics"],
-        )
-    return Pair(
+    pair = Pair(
         api_url=f"http://{HOST}:{http_port}", order_environment=order, mail_environment=mail
     )
+    for number in range(1, mail_replicas + 1):
+        add_replica(stack, ports, pair, number)
+    return pair
+
+
+def replica(number: int) -> str:
+    """Name a mail replica."""
+    return f"mail-{number}"
+
+
+def add_replica(stack: Stack, ports: Ports, pair: Pair, number: int) -> None:
+    """Add a mail replica to a stack that has the pair."""
+    port, argv = ports.choose(8010 + number), (str(MAIL_SERVICE), "consume")
+    part = _service(stack.state, replica(number), pair.mail_environment, port, *argv)
+    part.ready_seconds = REPLICA_READY_SECONDS
+    stack.add(part, ["mail-migrate", "order-topics"])
 
 
 def _order_environment(state: State, addresses: Addresses, app_env: str) -> dict[str, str]:
@@ -95,6 +107,8 @@ def _mail_environment(addresses: Addresses, app_env: str) -> dict[str, str]:
         "SMTP_PORT": str(addresses.smtp_port),
         "SMTP_TLS": "off",
         "MAIL_FROM": "orders@teahouse.example",
+        # The relay is the inbox: nothing leaves this machine.
+        "MAIL_ONLY_TO": "*",
         "SHOP_NAME": "차 한 잔 Teahouse",
         "SHOP_URL": "https://teahouse.example",
     }

@@ -12,7 +12,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Protocol, Self
 
-from deploy.embedded.errors import StackError, StoppingError
+from deploy.embedded.errors import StackError, StoppingError, WrongUsageError
 from deploy.embedded.part import Attempt, Job, Part
 from deploy.embedded.state import State
 
@@ -88,14 +88,22 @@ class Stack:
     @property
     def phases(self) -> dict[str, Phase]:
         """Where everything is, in the order in which it was added."""
-        return {name: entry.phase for name, entry in self._entries.items()}
+        # A list at once: another thread may be adding.
+        return {name: entry.phase for name, entry in list(self._entries.items())}
+
+    @property
+    def parts(self) -> list[Part]:
+        """All parts, in the order in which they were added."""
+        items = [entry.item for entry in list(self._entries.values())]
+        return [item for item in items if isinstance(item, Part)]
 
     def part(self, name: str) -> Part:
         """Return the part of this name."""
         item = self._entries[name].item if name in self._entries else None
         if not isinstance(item, Part):
-            message = f"there is no part {name}"
-            raise StackError(message)
+            there_are = ", ".join(part.name for part in self.parts)
+            message = f"there is no part {name}; there are {there_are}"
+            raise WrongUsageError(message)
         return item
 
     def add(self, item: Part | Job, after: Collection[str] = ()) -> None:
@@ -140,6 +148,11 @@ class Stack:
         part.kill()
         if not restart:
             self.stop(name)
+
+    def give_up(self) -> None:
+        """Let starts under way fail and parts that die stay dead, because the end has come."""
+        for entry in list(self._entries.values()):
+            entry.unwanted.set()
 
     def wait_ready(self, name: str, seconds: float) -> None:
         """Wait until a part that died is back."""

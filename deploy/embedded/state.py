@@ -13,7 +13,10 @@ import psutil
 
 from deploy.embedded import leftovers
 from deploy.embedded.errors import StackError
+from deploy.embedded.jars import REPOSITORY
 
+RUN_DIRECTORY = REPOSITORY / ".run"
+KEPT = RUN_DIRECTORY / "stack"
 FRESH_PREFIX = "fresh-"
 
 
@@ -34,6 +37,11 @@ class State:
     def pid(self, name: str) -> Path:
         """Return the file that names a part's process while it runs."""
         return self.root / "pids" / f"{name}.json"
+
+    @property
+    def control(self) -> Path:
+        """The file that says where a running stack listens to second terminals, and its secret."""
+        return self.root / "control.json"
 
     def secret(self, name: str) -> str:
         """Return the secret of this name, made at the first call and kept from then on."""
