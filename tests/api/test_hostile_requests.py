@@ -73,6 +73,7 @@ def test_the_harmless_request_is_taken(api: Api, token: str, cursor: Any, case: 
     assert counts(cursor)["orders"] == before + 1
 
 
+@pytest.mark.fault("F-H15")
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 def test_a_hostile_request_is_refused(api: Api, token: str, cursor: Any, case: Case) -> None:
     """The exact status, as a problem, within 200 ms; no row is written."""

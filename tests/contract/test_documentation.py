@@ -48,8 +48,9 @@ def test_every_command_in_the_readmes_exists() -> None:
     """The tables of commands name what the services' own help lists."""
     for service in ("order", "mail"):
         text = (REPOSITORY / f"{service}_service/README.md").read_text()
-        named = set(re.findall(rf"`{service}-service ([a-z]+)", text))
-        operate = REPOSITORY / f"{service}_service/src/{service}_service/operate"
-        jobs = {path.stem for path in operate.glob("*.py")} - {"__init__"}
+        named = set(re.findall(rf"`{service}-service ([a-z-]+)", text))
+        cli = (REPOSITORY / f"{service}_service/src/{service}_service/cli.py").read_text()
+        (listed,) = re.findall(r"^for job in \(([^)]*)\)", cli, re.MULTILINE)
+        jobs = {name.replace("_", "-") for name in re.findall(r"\w+", listed)}
         processes = {"api", "relay"} if service == "order" else {"consume"}
         assert named == jobs | processes

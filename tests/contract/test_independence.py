@@ -16,7 +16,15 @@ TABLES = {
         "idempotency_keys",
         "readback_positions",
     },
-    "mail": {"deliveries", "dead_letters", "positions", "replicas"},
+    "mail": {
+        "deliveries",
+        "campaigns",
+        "dead_letters",
+        "positions",
+        "replicas",
+        "gaps",
+        "control",
+    },
 }
 OTHER = {"order": "mail", "mail": "order"}
 AFTER_SQL_WORD = re.compile(r"\b(?:FROM|JOIN|INTO|UPDATE|TABLE)\s+(\w+)")

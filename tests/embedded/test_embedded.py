@@ -4,7 +4,7 @@ import re
 import smtplib
 import socket
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from email.message import EmailMessage
 from pathlib import Path
 
@@ -18,8 +18,9 @@ from confluent_kafka.cimpl import NewTopic
 from deploy.embedded.infrastructure import Addresses, add_infrastructure
 from deploy.embedded.ports import HOST, Ports, is_answering
 from deploy.embedded.stack import Phase, Stack
+from tests.support.world import eventually
 
-BACK_SECONDS = 20.0
+BACK_SECONDS = 60.0
 ANSWER_SECONDS = 20.0
 
 
@@ -73,7 +74,7 @@ def test_a_mail_sent_by_smtp_is_in_the_inbox(running: tuple[Stack, Addresses]) -
     """What the SMTP port accepts, the inbox's API lists."""
     addresses = running[1]
     send_mail(addresses, "Your order 4711")
-    assert eventually(lambda: "Your order 4711" in subjects(addresses))
+    eventually(lambda: "Your order 4711" in subjects(addresses), within_seconds=15)
 
 
 def test_killed_parts_come_back_with_port_and_data(running: tuple[Stack, Addresses]) -> None:
@@ -188,13 +189,3 @@ def subjects(addresses: Addresses) -> list[str]:
     """Return the subjects of the mails in the inbox."""
     response = httpx.get(f"{addresses.inbox_url}/api/messages/", timeout=5)
     return [mail["subject"] for mail in response.json()["data"]]
-
-
-def eventually(is_true: Callable[[], bool], seconds: float = 5.0) -> bool:
-    """Whether it becomes true in this time."""
-    deadline = time.monotonic() + seconds
-    while time.monotonic() < deadline:
-        if is_true():
-            return True
-        time.sleep(0.05)
-    return False

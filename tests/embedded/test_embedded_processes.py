@@ -17,6 +17,7 @@ from deploy.embedded.infrastructure import add_infrastructure
 from deploy.embedded.part import Attempt, Command, Job, Part
 from deploy.embedded.ports import Ports
 from deploy.embedded.stack import Phase, Stack
+from tests.support.world import eventually
 
 REPOSITORY = Path(__file__).parents[2]
 
@@ -76,7 +77,8 @@ def test_a_signal_reaches_the_command_and_the_parts_stop() -> None:
         family = psutil.Process(run.pid).children(recursive=True)
         run.send_signal(signal.SIGTERM)
         assert run.wait(20) == 128 + signal.SIGTERM
-    assert not any(is_alive(process) for process in family)
+    # The parts' own children end with them, not before.
+    eventually(lambda: not any(is_alive(process) for process in family), within_seconds=15)
     assert not root.exists()
 
 

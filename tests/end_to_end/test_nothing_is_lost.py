@@ -25,7 +25,8 @@ def test_without_read_back_mails_still_go(world: World, alice: httpx.Client) -> 
     try:
         order_id = place(alice).json()["id"]
         eventually(lambda: world.mails([order_id]), within_seconds=15)
-        assert world.outbox(order_id)["state"] == "PUBLISHED"
+        # The mail may be there before the publisher has written where its event is.
+        eventually(lambda: world.outbox(order_id)["state"] == "PUBLISHED", within_seconds=15)
     finally:
         alone.stop()
         world.stack.start("order-relay")
@@ -40,7 +41,7 @@ def test_with_the_mail_service_stopped_events_are_completed(
         world.stack.stop(name)
     try:
         order_id = place(alice).json()["id"]
-        eventually(lambda: world.outbox(order_id)["state"] == "COMPLETED", within_seconds=5)
+        eventually(lambda: world.outbox(order_id)["state"] == "COMPLETED", within_seconds=15)
         assert world.mails([order_id]) == []
     finally:
         world.stack.start(*REPLICAS)
@@ -74,6 +75,7 @@ def test_with_smtp_stopped_the_mail_waits(world: World, alice: httpx.Client) -> 
     assert len(world.mails([order_id])) == 1
 
 
+@pytest.mark.fault("F-C2")
 @pytest.mark.timeout(300)
 def test_kills_in_the_middle_lose_nothing(world: World) -> None:
     """SIGKILL of relay and replica: a mail for every order, a second one only where explained.

@@ -21,7 +21,7 @@ STOP_SECONDS = 60
 @pytest.fixture
 def run() -> Iterator[tuple[Path, str]]:
     """Keep `make run`'s command up on a state of its own; give the state and what it printed."""
-    with fresh_root(REPOSITORY / ".run") as root:
+    with fresh_root(REPOSITORY / ".run/readme") as root:
         process = subprocess.Popen(
             [sys.executable, "-m", "deploy.embedded", "run", "--state", str(root)],
             cwd=REPOSITORY,
@@ -47,7 +47,7 @@ def test_the_walk_through_works_as_pasted(run: tuple[Path, str]) -> None:
     root, printed = run
     assert "INIT → PUBLISHED, partition" in printed
     blocks = WALK_THROUGH.findall((REPOSITORY / "README.md").read_text())
-    script = "set -eu\n" + "sleep 2\n".join(blocks).replace(".run/stack", str(root))
+    script = "set -eu\n" + "sleep 10\n".join(blocks).replace(".run/stack", str(root))
     done = subprocess.run(
         ["sh", "-c", script],
         cwd=REPOSITORY,
