@@ -1,14 +1,11 @@
 """POST /v1/orders beside its limits, in one run (`make bench`; docs/performance.md)."""
 
 import argparse
-import json
 import platform
-import statistics
-import subprocess
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -18,20 +15,19 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.load import CONNECTIONS, HOST, Job, Sample
+from benchmarks.measure import ORDER_PYTHON, cpu_seconds, load, spread, tokens
 from deploy.embedded.infrastructure import add_infrastructure
 from deploy.embedded.jars import REPOSITORY
 from deploy.embedded.part import Command, Part
 from deploy.embedded.ports import Ports, is_answering
-from deploy.embedded.services import Pair, add_pair
+from deploy.embedded.services import add_pair
 from deploy.embedded.stack import Stack
 from deploy.embedded.state import fresh_root
 
-ORDER_PYTHON = REPOSITORY / ".venv/order/bin/python"
 # Of the pair only these run: a relay would share the two cores with what is measured.
 PARTS = ("order-db", "order-migrate", "order-products", "order-api", "bare")
 USERS = 1_000
 WARM_UP_REQUESTS = 500
-COMMAND_SECONDS = 120.0
 CREATE_ROWS = """
     CREATE TABLE benchmark_rows (
         id bigint GENERATED ALWAYS AS IDENTITY PRIMARY KEY, email text NOT NULL, body bytea NOT NULL
@@ -68,12 +64,12 @@ class Bench:
 
     def measure(self, subject: Subject, requests: int) -> Round:
         """Load one subject once, while the others are idle."""
-        servers_before, database_before = _cpu(subject.server), _cpu(self.database)
-        sample = _load(Job(subject.port, subject.path, requests, self.tokens))
+        servers_before, database_before = cpu_seconds(subject.server), cpu_seconds(self.database)
+        sample = load(Job(subject.port, subject.path, requests, self.tokens))
         return Round(
             sample,
-            1_000 * (_cpu(subject.server) - servers_before) / requests,
-            1_000 * (_cpu(self.database) - database_before) / requests,
+            1_000 * (cpu_seconds(subject.server) - servers_before) / requests,
+            1_000 * (cpu_seconds(self.database) - database_before) / requests,
         )
 
 
@@ -120,7 +116,7 @@ def _running(root: Path) -> Iterator[Bench]:
                 ),
             ),
             database=psutil.Process(stack.part("order-db").pid),
-            tokens=_tokens(pair),
+            tokens=tokens(pair, USERS),
         )
 
 
@@ -143,30 +139,6 @@ def _bare_part(stack: Stack, port: int, database_url: str) -> Part:
     )
 
 
-def _tokens(pair: Pair) -> list[str]:
-    argv = [str(ORDER_PYTHON), "-m", "benchmarks.tokens", str(USERS)]
-    return _run(argv, env=pair.order_environment).split()
-
-
-def _load(job: Job) -> Sample:
-    argv = [sys.executable, "-m", "benchmarks.load"]
-    return Sample(**json.loads(_run(argv, stdin=json.dumps(asdict(job)))))
-
-
-def _run(argv: Sequence[str], *, env: Mapping[str, str] | None = None, stdin: str = "") -> str:
-    done = subprocess.run(  # noqa: S603 - our own modules
-        argv,
-        cwd=REPOSITORY,
-        env=env,
-        input=stdin,
-        stdout=subprocess.PIPE,
-        text=True,
-        timeout=COMMAND_SECONDS,
-        check=True,
-    )
-    return done.stdout
-
-
 def _execute(url: str, statement: str) -> None:
     connection = psycopg2.connect(url.replace("+psycopg2", ""))
     try:
@@ -174,11 +146,6 @@ def _execute(url: str, statement: str) -> None:
             cursor.execute(statement)
     finally:
         connection.close()
-
-
-def _cpu(process: psutil.Process) -> float:
-    """Return the CPU seconds of a process and its children, ended ones included."""
-    return sum(sum(one.cpu_times()[:4]) for one in [process, *process.children(recursive=True)])
 
 
 def _show(console: Console, rounds: Mapping[str, Sequence[Round]], requests: int) -> None:
@@ -192,26 +159,21 @@ def _show(console: Console, rounds: Mapping[str, Sequence[Round]], requests: int
     for name, measured in rounds.items():
         table.add_row(
             name,
-            _spread([one.sample.requests_per_second for one in measured], 0),
-            _spread([one.sample.p50_ms for one in measured], 1),
-            _spread([one.sample.p99_ms for one in measured], 1),
-            _spread([one.server_cpu_ms for one in measured], 2),
-            _spread([one.database_cpu_ms for one in measured], 2),
-            _spread([one.sample.load_cpu_ms for one in measured], 2),
+            spread([one.sample.requests_per_second for one in measured], 0),
+            spread([one.sample.p50_ms for one in measured], 1),
+            spread([one.sample.p99_ms for one in measured], 1),
+            spread([one.server_cpu_ms for one in measured], 2),
+            spread([one.database_cpu_ms for one in measured], 2),
+            spread([one.sample.load_cpu_ms for one in measured], 2),
         )
     console.print(table)
     _, limit, ours = rounds.values()
     pairs = list(zip(ours, limit, strict=True))
     per_second = [a.sample.requests_per_second / b.sample.requests_per_second for a, b in pairs]
     cpu = [a.server_cpu_ms / b.server_cpu_ms for a, b in pairs]
-    console.print(f"POST against INSERT, COMMIT: {_spread(per_second, 2)} of its requests/s")
-    console.print(f"                             {_spread(cpu, 2)} times its CPU")
+    console.print(f"POST against INSERT, COMMIT: {spread(per_second, 2)} of its requests/s")
+    console.print(f"                             {spread(cpu, 2)} times its CPU")
     console.print("reach: 0.5 of its requests/s, then 0.7 (design §9)")
-
-
-def _spread(values: Sequence[float], digits: int) -> str:
-    parts = (min(values), statistics.median(values), max(values))
-    return " / ".join(f"{part:.{digits}f}" for part in parts)
 
 
 if __name__ == "__main__":
