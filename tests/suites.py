@@ -1,5 +1,9 @@
-"""Runs the suites, each in a pytest process of its own and two at a time, and sums them up."""
+"""Runs the suites, each in a pytest process of its own and two at a time, and sums them up.
 
+A test that failed beside another suite is heard again alone: docs/decisions/0014.
+"""
+
+import json
 import subprocess
 import sys
 import tempfile
@@ -8,7 +12,7 @@ import time
 import xml.etree.ElementTree as ET
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from subprocess import STDOUT
 
@@ -29,14 +33,15 @@ class Suite:
     folder: str
     parts: str = ""
 
-    def command(self, report: Path) -> list[str]:
-        """Return how to run it, with a report for the summary."""
+    def command(self, folder: Path, *tests: str) -> list[str]:
+        """Return how to run these tests of it, or all, with a report and a cache in the folder."""
         python = str(REPOSITORY / ".venv" / self.environment / "bin/python")
         stack = [str(REPOSITORY / ".venv/tools/bin/python"), "-m", "deploy.embedded", "with"]
         up = [*stack, "--fresh", self.parts, "--"] if self.parts else []
         # Of its own: a session makes the common one private again while others are at work in it.
-        temporary = f"--basetemp={report.parent / 'pytest'}"
-        return [*up, python, *PYTEST, self.folder, f"--junit-xml={report}", temporary]
+        temporary = f"--basetemp={folder / 'pytest'}"
+        kept = [f"--junit-xml={folder / 'report.xml'}", "-o", f"cache_dir={folder / 'cache'}"]
+        return [*up, python, *PYTEST, *(tests or [self.folder]), *kept, temporary]
 
 
 UNIT = (
@@ -58,44 +63,78 @@ ALL = (
     *UNIT,
 )
 AT_ONCE = 2
+# More that fail are no accident.
+MOST_HEARD_AGAIN = 3
+HEARINGS = 3
+# pytest's exit code for it; others are of a run that did not come to its end.
+TESTS_FAILED = 1
 
 
 @dataclass(frozen=True)
 class Result:
-    """How a suite ended."""
+    """How a suite ended; what failed is named as pytest takes it."""
 
-    name: str
+    suite: Suite
+    code: int
     seconds: float
-    passed: int
-    failed: int
+    tests: int
     skipped: int
-    is_good: bool
+    failed: Sequence[str]
+    unsteady: Sequence[str] = ()
+
+    @property
+    def is_good(self) -> bool:
+        """Whether there were tests, and no other failed than such as passed alone."""
+        if self.unsteady:
+            return self.code == TESTS_FAILED and set(self.failed) == set(self.unsteady)
+        return self.code == 0 and self.tests > 0
+
+    @property
+    def counts(self) -> tuple[int, int, int]:
+        """Return how many passed, failed and were skipped."""
+        return self.tests - self.skipped - len(self.failed), len(self.failed), self.skipped
 
 
-def run(suite: Suite, console: Console) -> Result:
-    """Run one suite; one that found no test has failed, one whose tests say why not has not."""
-    with tempfile.TemporaryDirectory() as folder:
+def run(suite: Suite, console: Console, *tests: str) -> Result:
+    """Run one suite, or some of its tests, and print what it said when it has ended."""
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
         # PostgreSQL runs as another user where we are root.
-        Path(folder).chmod(0o755)
-        report, output = Path(folder) / "report.xml", Path(folder) / "output"
+        folder.chmod(0o755)
+        output = folder / "output"
         console.print(f"{suite.name} begins", style="dim")
         began_at = time.monotonic()
         with output.open("wb") as written:
             code = subprocess.run(
-                suite.command(report), cwd=REPOSITORY, stdout=written, stderr=STDOUT, check=False
+                suite.command(folder, *tests),
+                cwd=REPOSITORY,
+                stdout=written,
+                stderr=STDOUT,
+                check=False,
             ).returncode
         seconds = time.monotonic() - began_at
-        tests = failed = skipped = 0
-        if report.exists():
-            (totals,) = ET.parse(report).getroot().iter("testsuite")
-            tests, skipped = int(totals.get("tests", 0)), int(totals.get("skipped", 0))
-            failed = int(totals.get("failures", 0)) + int(totals.get("errors", 0))
         with PRINTING:
             console.rule(suite.name)
             sys.stdout.write(output.read_text(encoding="utf-8", errors="replace"))
             sys.stdout.flush()
-    passed = tests - failed - skipped
-    return Result(suite.name, seconds, passed, failed, skipped, code == 0 and tests > 0)
+        count = skipped = 0
+        if (report := folder / "report.xml").exists():
+            (totals,) = ET.parse(report).getroot().iter("testsuite")
+            count, skipped = int(totals.get("tests", 0)), int(totals.get("skipped", 0))
+        failed: list[str] = []
+        if (cached := folder / "cache/v/cache/lastfailed").exists():
+            # Named from the folder that has pytest's settings, the first of the path.
+            root = Path(suite.folder).parts[0]
+            failed = [f"{root}/{test}" for test in json.loads(cached.read_text())]
+    return Result(suite, code, seconds, count, skipped, failed)
+
+
+def hear_again(result: Result, console: Console) -> Result:
+    """Run what failed with nothing beside it; what passes each time is unsteady, not broken."""
+    for _ in range(HEARINGS):
+        if run(result.suite, console, *result.failed).code:
+            return result
+    return replace(result, unsteady=result.failed)
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -104,16 +143,23 @@ def main(arguments: Sequence[str]) -> int:
     suites = UNIT if "unit" in arguments else ALL
     with ThreadPoolExecutor(AT_ONCE) as pool:
         results = list(pool.map(lambda suite: run(suite, console), suites))
+    if sum(len(result.failed) for result in results) <= MOST_HEARD_AGAIN:
+        results = [
+            hear_again(each, console) if each.failed and each.suite not in UNIT else each
+            for each in results
+        ]
     table = Table("suite", "seconds", "passed", "failed", "skipped", "")
     for result in results:
-        counts = (result.passed, result.failed, result.skipped)
-        mark = "ok" if result.is_good else "FAILED"
-        table.add_row(result.name, f"{result.seconds:.1f}", *map(str, counts), mark)
+        mark = ("unsteady" if result.unsteady else "ok") if result.is_good else "FAILED"
+        counts = map(str, result.counts)
+        table.add_row(result.suite.name, f"{result.seconds:.1f}", *counts, mark)
     console.print(table)
-    passed = sum(result.passed for result in results)
-    failed = sum(max(result.failed, not result.is_good) for result in results)
-    skipped = sum(result.skipped for result in results)
+    passed, failed, skipped = map(sum, zip(*(result.counts for result in results), strict=True))
     console.print(f"{passed} passed, {failed} failed, {skipped} skipped")
+    for result in results:
+        for test in result.failed:
+            told = "failed, passed alone" if test in result.unsteady else "FAILED"
+            console.print(f"{told}: {test}", style="bold", markup=False, soft_wrap=True)
     return 0 if all(result.is_good for result in results) else 1
 
 
