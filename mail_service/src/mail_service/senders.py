@@ -1,6 +1,5 @@
-"""The slots: render, send, judge in one thread; one recorder that group-commits."""
+"""The slots: render, send and judge, so many at once in one thread."""
 
-import queue
 import random
 import threading
 import time
@@ -8,13 +7,10 @@ from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
-from typing import assert_never
 
 from sqlalchemy import Engine
-from sqlalchemy.exc import DBAPIError
-from sqlalchemy.exc import TimeoutError as PoolTimeout
 
-from mail_service import events, ledger
+from mail_service import events
 from mail_service.confirmation import CannotRender, Confirmation
 from mail_service.dialogues import Dialogues, Steps
 from mail_service.events import OrderCreated, UnreadableRecord
@@ -26,20 +22,18 @@ from mail_service.judge import (
     Judge,
     Retry,
     Sent,
-    Unknown,
     Verdict,
     bearing,
 )
 from mail_service.lease import Lease
-from mail_service.ledger import Mail, NotSent
-from mail_service.models import at_once
+from mail_service.ledger import Mail
 from mail_service.pace import Pace
+from mail_service.recorder import Outcome, Recorder
 from mail_service.replies import Answer
 from mail_service.settings import Recipients
 from mail_service.smtp import CannotAddress, SmtpConnection
-from mail_service.telemetry import breaker_is_open, log, slots_busy, verdicts
+from mail_service.telemetry import breaker_is_open, log, slots_busy
 
-RETRY_SECONDS = 0.5
 DRAIN_SECONDS = 30.0
 # Of which this is kept for writing what became of the last mails.
 RECORDING_SECONDS = 5.0
@@ -67,133 +61,6 @@ class Claim:
     mail: Mail
     term: Term
     event: OrderCreated | None
-
-
-@dataclass(frozen=True, slots=True)
-class Outcome:
-    """What became of one attempt."""
-
-    mail: Mail
-    verdict: Verdict
-
-
-class Recorder:
-    """The ledger's one writer of outcomes; it also renews the lease.
-
-    What it could not write yet it keeps and writes later: a 250 is not forgotten because the
-    database was away.
-    """
-
-    def __init__(
-        self,
-        engine: Engine,
-        lease: Lease,
-        *,
-        template_digest: str,
-        on_recorded: Callable[[Sequence[Outcome]], None],
-    ) -> None:
-        self._at_once = at_once(engine)
-        self._lease = lease
-        self._template_digest = template_digest
-        self._on_recorded = on_recorded
-        self._outcomes: queue.SimpleQueue[Outcome | None] = queue.SimpleQueue()
-        self._stop = threading.Event()
-        self._thread = threading.Thread(target=self._run, name="recorder", daemon=True)
-
-    def start(self) -> None:
-        """Take the lease, then record in a thread."""
-        self._write([])
-        self._thread.start()
-
-    def record(self, outcome: Outcome) -> None:
-        """Have an outcome written."""
-        self._outcomes.put(outcome)
-
-    def stop(self, timeout_seconds: float) -> None:
-        """Write what is left, end the lease and return, after a while in any case."""
-        self._stop.set()
-        # It need not sit out its wait for another outcome.
-        self._outcomes.put(None)
-        self._thread.join(timeout_seconds)
-
-    def _run(self) -> None:
-        waiting: list[Outcome] = []
-        while not self._stop.is_set() or waiting or not self._outcomes.empty():
-            waiting += self._gather()
-            if not waiting and not self._lease.is_due():
-                continue
-            waiting = self._write_all(waiting)
-            if waiting:
-                time.sleep(RETRY_SECONDS)
-        try:
-            with self._at_once.connect() as connection:
-                ledger.end_lease(connection, self._lease.replica_id)
-        except DBAPIError as error:
-            log.warning("lease.not_ended", error=type(error).__name__)
-
-    def _write_all(self, outcomes: list[Outcome]) -> list[Outcome]:
-        """Write these together; return those that could not be written."""
-        try:
-            self._write(outcomes)
-        except PoolTimeout as error:
-            log.warning("outcomes.not_recorded", count=len(outcomes), error=type(error).__name__)
-            return outcomes
-        except DBAPIError as error:
-            log.warning("outcomes.not_recorded", count=len(outcomes), error=type(error).__name__)
-            if error.connection_invalidated or len(outcomes) < 2:
-                return outcomes
-            # One that the database refuses must not keep the others from being known.
-            return [left for outcome in outcomes for left in self._write_all([outcome])]
-        return []
-
-    def _gather(self) -> list[Outcome]:
-        """Wait for one outcome, then take all there are: one commit for them together."""
-        gathered: list[Outcome] = []
-        try:
-            outcome = self._outcomes.get(timeout=RETRY_SECONDS)
-            while True:
-                if outcome is not None:
-                    gathered.append(outcome)
-                outcome = self._outcomes.get_nowait()
-        except queue.Empty:
-            return gathered
-
-    def _write(self, outcomes: Sequence[Outcome]) -> None:
-        accepted, ended = [], []
-        for outcome in outcomes:
-            if isinstance(outcome.verdict, Sent):
-                accepted.append((outcome.mail, outcome.verdict.reply))
-            else:
-                ended.append(self._not_sent(outcome.mail, outcome.verdict))
-        with self._at_once.connect() as connection:
-            if self._lease.is_due():
-                started_at = self._lease.now()
-                self._lease.renewed(started_at, self._lease.renew(connection))
-            if ended:
-                ledger.record_open(connection, ended, replica_id=self._lease.replica_id)
-            if accepted:
-                ledger.record_sent(
-                    connection,
-                    accepted,
-                    sent_by=self._lease.name,
-                    template_digest=self._template_digest,
-                )
-        for outcome in outcomes:
-            _log(outcome)
-        self._on_recorded(outcomes)
-
-    def _not_sent(self, mail: Mail, verdict: Retry | Unknown | Dead | Held) -> NotSent:
-        state, due_seconds = _as_row(verdict)
-        cause = verdict.cause if isinstance(verdict, Retry) else None
-        return NotSent(
-            id=mail.id,
-            attempts=mail.attempts,
-            state=state,
-            reason=verdict.reason,
-            due_seconds=due_seconds,
-            is_attempt=cause is None or cause.is_attempt,
-            suspected_at=self._lease.ledger_now() if cause is Cause.SUSPECT else None,
-        )
 
 
 class Senders:
@@ -391,30 +258,3 @@ def most_in_hand(slots: int, *, is_rate_limited: bool) -> int:
     Behind a rate none ahead: one that waited for a slot would not go when its token was granted.
     """
     return slots if is_rate_limited else slots + int(slots * AHEAD_SHARE)
-
-
-def _as_row(verdict: Retry | Unknown | Dead | Held) -> tuple[str, float | None]:
-    match verdict:
-        case Retry():
-            return "RETRY", verdict.delay_seconds
-        case Unknown():
-            return "UNKNOWN", verdict.delay_seconds
-        case Dead():
-            return "DEAD", None
-        case Held():
-            return "HELD", None
-        case _:
-            assert_never(verdict)
-
-
-def _log(outcome: Outcome) -> None:
-    name = type(outcome.verdict).__name__.upper()
-    verdicts.labels(name).inc()
-    reason = None if isinstance(outcome.verdict, Sent) else outcome.verdict.reason
-    log.info(
-        "mail.judged",
-        order_id=outcome.mail.order_id,
-        attempts=outcome.mail.attempts,
-        verdict=name,
-        reason=reason,
-    )
