@@ -2,8 +2,10 @@
 
 import logging
 import sys
-from contextlib import suppress
-from typing import TextIO
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from typing import ClassVar, TextIO
 
 import structlog
 from prometheus_client import Counter, Gauge
@@ -31,6 +33,7 @@ def configure_logging(level: str, stream: TextIO = sys.stdout) -> None:
     line that cannot be written is lost, and stops nothing.
     """
     handler = logging.StreamHandler(stream)
+    Lines.handler = handler
     shared: list[structlog.types.Processor] = [
         structlog.contextvars.merge_contextvars,
         structlog.processors.add_log_level,
@@ -40,7 +43,7 @@ def configure_logging(level: str, stream: TextIO = sys.stdout) -> None:
     ]
     structlog.configure(
         processors=[*shared, structlog.processors.JSONRenderer()],
-        logger_factory=lambda *_: _Lines(handler),
+        logger_factory=lambda *_: lines,
         wrapper_class=structlog.make_filtering_bound_logger(level),
         cache_logger_on_first_use=True,
     )
@@ -58,24 +61,41 @@ def configure_logging(level: str, stream: TextIO = sys.stdout) -> None:
     logging.getLogger("alembic").setLevel(logging.WARNING)
 
 
-class _Lines:
+class Lines(threading.local):
     """Writes whole lines, in turns with the handler of the libraries'."""
 
-    def __init__(self, handler: "logging.StreamHandler[TextIO]") -> None:
-        self._handler = handler
+    handler: ClassVar["logging.StreamHandler[TextIO]"]
+    gathered: list[str] | None = None
 
     def info(self, line: str) -> None:
         """Write a line; its level stands in it."""
-        self._handler.acquire()
+        if self.gathered is not None:
+            self.gathered.append(line)
+            return
+        self.handler.acquire()
         try:
             # The disk is full, or nobody reads any more.
             with suppress(OSError, ValueError):
-                self._handler.stream.write(f"{line}\n")
-                self._handler.stream.flush()
+                self.handler.stream.write(f"{line}\n")
+                self.handler.stream.flush()
         finally:
-            self._handler.release()
+            self.handler.release()
 
     debug = warning = error = critical = info
+
+    @contextmanager
+    def together(self) -> Iterator[None]:
+        """Write what this thread logs meanwhile in one call, each of which gives the lock away."""
+        self.gathered = []
+        try:
+            yield
+        finally:
+            gathered, self.gathered = self.gathered, None
+            if gathered:
+                self.info("\n".join(gathered))
+
+
+lines = Lines()
 
 
 def _add_logger_name(
