@@ -1,6 +1,7 @@
 """An event → the bytes of one mail."""
 
 import hashlib
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, date, datetime
@@ -107,7 +108,7 @@ class Confirmation:
                 Values(
                     recipient=recipient,
                     subject=wording.subject,
-                    date=format_datetime(datetime.now(UTC)),
+                    date=_date(int(time.time())),
                     message_id=message_id,
                     order_id=event.order_id,
                     text=wording.text,
@@ -176,6 +177,12 @@ class _Language:
         self.skeleton = Skeleton(
             sender_name=shop.name, sender=shop.mail_from, reply_to=shop.reply_to, language=name
         )
+
+
+@lru_cache(maxsize=1)
+def _date(second: int) -> str:
+    """Return a time as RFC 5322 writes it: the same for all mails of one second."""
+    return format_datetime(datetime.fromtimestamp(second, UTC))
 
 
 @lru_cache(maxsize=256)

@@ -8,7 +8,7 @@ names a class.
 import json
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from decimal import Decimal
@@ -117,7 +117,7 @@ def read(record: Record) -> OrderCreated | None:
 
     Raises UnreadableRecord with the reason, which holds no value of the record.
     """
-    if record.value is None or not _is_for_us(_attributes(record)):
+    if record.value is None or not _is_for_us(_attribute(record, "ce_type", TYPE)):
         return None
     event = parse(record.value)
     if record.key and record.key != event.order_id.encode():
@@ -130,13 +130,7 @@ def parse(value: bytes) -> OrderCreated:
     if len(value) > MOST_EVENT_BYTES:
         raise UnreadableRecord("longer than a megabyte")
     try:
-        data = json.loads(
-            value.decode("utf-8"),
-            object_pairs_hook=_once_each,
-            parse_constant=_refuse_constant,
-            parse_float=_finite,
-        )
-        event: OrderCreated = _SCHEMA.load(data)
+        event: OrderCreated = _SCHEMA.load(_JSON.decode(value.decode("utf-8")))
     except ValidationError as error:
         names = ", ".join(sorted(str(name) for name in error.normalized_messages()))
         raise UnreadableRecord(f"not an OrderCreatedEvent: {names}") from error
@@ -148,7 +142,7 @@ def parse(value: bytes) -> OrderCreated:
 def occurred_at(record: Record) -> datetime:
     """Return when the event happened: `ce_time`, else the record's own timestamp."""
     try:
-        at = datetime.fromisoformat(_attributes(record).get("ce_time", ""))
+        at = datetime.fromisoformat(_attribute(record, "ce_time", ""))
         # Without a zone it says nothing; far offsets and years PostgreSQL or Python cannot carry.
         moment = at.astimezone(UTC) if at.tzinfo else record.at
     except (ValueError, OverflowError):
@@ -176,16 +170,15 @@ def _exact(value: Any) -> Decimal:
     return Decimal(text)
 
 
-def _attributes(record: Record) -> Mapping[str, str]:
-    return {
-        name: value.decode("utf-8", errors="replace")
-        for name, value in record.headers
-        if name.startswith("ce_")
-    }
+def _attribute(record: Record, wanted: str, otherwise: str) -> str:
+    """Return a header's text, of several the last one's."""
+    for name, value in reversed(record.headers):
+        if name == wanted:
+            return value.decode("utf-8", errors="replace")
+    return otherwise
 
 
-def _is_for_us(attributes: Mapping[str, str]) -> bool:
-    kind = attributes.get("ce_type", TYPE)
+def _is_for_us(kind: str) -> bool:
     if kind != TYPE and TYPE_OF_ANY_VERSION.fullmatch(kind):
         raise UnreadableRecord("a major version this release does not know")
     return kind == TYPE
@@ -208,3 +201,8 @@ def _finite(number: str) -> float:
 
 def _refuse_constant(name: str) -> NoReturn:
     raise ValueError(name)
+
+
+_JSON = json.JSONDecoder(
+    object_pairs_hook=_once_each, parse_constant=_refuse_constant, parse_float=_finite
+)
