@@ -32,8 +32,8 @@ TOPIC = "order-created"
 GROUP = "mail-service"
 PARTITIONS = 3
 SLOTS = 8
-# A replica claims half as many more than it has slots.
-MOST_IN_HAND = SLOTS + SLOTS // 2
+# A replica claims as many more as it has slots.
+MOST_IN_HAND = 2 * SLOTS
 # Of the test profile: earlier than this after a lost answer nothing is resent.
 UNKNOWN_DELAY_SECONDS = 2.0
 TABLES = ("deliveries", "campaigns", "dead_letters", "positions", "replicas", "gaps")

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import Any, TypeVar
 
 READ, WRITE = selectors.EVENT_READ, selectors.EVENT_WRITE
-# A deadline is kept to within this.
+# A deadline is kept to within twice this.
 TICK_SECONDS = 0.25
 WAKING_BYTES = 4_096
 LATE = "it took too long"
@@ -84,6 +84,7 @@ class Dialogues:
         self._under_way: set[Steps[None]] = set()
         self._end_at: float | None = None
         self._is_asleep = True
+        self._timed_out_at = float("-inf")
         self.turned_at = float("inf")
         self._thread = threading.Thread(target=self._run, name="dialogues", daemon=True)
 
@@ -133,8 +134,11 @@ class Dialogues:
             else:
                 # Closed by the other side while nobody spoke: whoever speaks next will hear of it.
                 self._selector.unregister(key.fileobj)
-        self._time_out(now)
-        while not self._ready.empty():
+        if now - self._timed_out_at > TICK_SECONDS:
+            self._time_out(now)
+            self._timed_out_at = now
+        # One, then whoever waits for an answer again: what is new may take long to begin.
+        if not self._ready.empty():
             self._step(*self._ready.get_nowait())
         # From here on whoever has something new wakes this thread: it sleeps with what it sees now.
         self._is_asleep = True

@@ -11,7 +11,7 @@ from datetime import datetime
 from sqlalchemy import Engine
 
 from mail_service import events
-from mail_service.confirmation import CannotRender, Confirmation
+from mail_service.confirmation import CannotRender, ComposedMail, Confirmation
 from mail_service.dialogues import Dialogues, Steps
 from mail_service.events import OrderCreated, UnreadableRecord
 from mail_service.judge import (
@@ -38,9 +38,7 @@ DRAIN_SECONDS = 30.0
 # Of which this is kept for writing what became of the last mails.
 RECORDING_SECONDS = 5.0
 GOODBYE_SECONDS = 1.0
-GATHERED_SHARE = 0.5
-AHEAD_SHARE = 0.5
-GATHERING_SECONDS = 0.01
+GATHERING_SECONDS = 0.02
 # How often the wait looks whether it is to end: a signal's handler must not take a lock.
 HURRY_SECONDS = 0.1
 NONE_KNOWN: Mapping[str, OrderCreated] = {}
@@ -56,11 +54,10 @@ class Term:
 
 @dataclass(frozen=True, slots=True)
 class Claim:
-    """A mail for a slot, when it was claimed, and its event if known."""
+    """A mail for a slot, and when it was claimed."""
 
     mail: Mail
     term: Term
-    event: OrderCreated | None
 
 
 class Senders:
@@ -86,11 +83,12 @@ class Senders:
         self._judge = judge
         self._pace = pace
         self._dialogues = Dialogues()
-        self._claims: deque[Claim] = deque()
+        self._composed: deque[tuple[Claim, ComposedMail]] = deque()
         self._in_hand: set[int] = set()
         self._recalls = 0
         self._changed = threading.Condition()
         self._count = count
+        slots_busy.set_function(lambda: self._busy)
         self._is_draining = False
         self._relay_accepted_at: datetime | None = None
         self._recorder = Recorder(
@@ -105,14 +103,12 @@ class Senders:
     def wait_for_room(self, timeout_seconds: float) -> int:
         """Return how many mails may be claimed, waiting for the first for a while.
 
-        They are some more than there are slots, so that no slot waits for the ledger. Where room
+        They are twice as many as there are slots, so that no slot waits for the ledger. Where room
         is made one by one, more is waited for: to claim one mail costs nearly as much as many.
         """
         with self._changed:
             if self._changed.wait_for(lambda: self._room() > 0, timeout_seconds):
-                self._changed.wait_for(
-                    lambda: self._room() >= self._count * GATHERED_SHARE, GATHERING_SECONDS
-                )
+                self._changed.wait_for(lambda: self._room() >= self._count, GATHERING_SECONDS)
             self._recalls = self._pace.recalls
             return self._room()
 
@@ -136,8 +132,9 @@ class Senders:
         with self._changed:
             self._in_hand |= {mail.id for mail in mails}
             self._pace.began(len(mails), now=time.monotonic())
-        self._claims.extend(Claim(mail, term, known.get(mail.order_id)) for mail in mails)
-        self._dialogues.begin(self._hold() for _ in mails)
+        self._dialogues.begin(
+            self._begin(Claim(mail, term), known.get(mail.order_id)) for mail in mails
+        )
 
     def recall(self) -> None:
         """Give back what is claimed and has not begun."""
@@ -178,22 +175,33 @@ class Senders:
         most = self._count if self._pace.is_open else self._pace.capacity
         return min(most - len(self._in_hand), allowance)
 
+    def _begin(self, claim: Claim, event: OrderCreated | None) -> Steps[None]:
+        """Compose a mail before it has a slot: with one it would keep the relay waiting."""
+        if self._is_recalled(claim):
+            self._give_back(claim.mail)
+        elif isinstance(composed := self._compose(claim.mail, event), ComposedMail):
+            self._composed.append((claim, composed))
+        else:
+            self._recorder.record(Outcome(claim.mail, composed))
+        yield from self._hold()
+
     def _hold(self) -> Steps[None]:
         """Send one mail after the other, while there are some and a slot is free."""
-        while self._claims and (self._connections or self._is_recalled(self._claims[0])):
-            claim = self._claims.popleft()
+        while self._composed and (self._connections or self._is_recalled(self._composed[0][0])):
+            claim, composed = self._composed.popleft()
             if self._is_recalled(claim):
-                self._recorder.record(Outcome(claim.mail, Retry("not begun", 0.0, Cause.STOPPED)))
+                self._give_back(claim.mail)
                 continue
             connection = self._connections.pop()
-            slots_busy.set(self._busy)
-            verdict = yield from self._attempt(claim, connection)
+            verdict = yield from self._attempt(claim, composed, connection)
             if connection.is_open:
                 self._connections.append(connection)
             else:
                 self._connections.appendleft(connection)
-            slots_busy.set(self._busy)
             self._recorder.record(Outcome(claim.mail, verdict))
+
+    def _give_back(self, mail: Mail) -> None:
+        self._recorder.record(Outcome(mail, Retry("not begun", 0.0, Cause.STOPPED)))
 
     def _is_recalled(self, claim: Claim) -> bool:
         return (
@@ -206,16 +214,24 @@ class Senders:
     def _busy(self) -> int:
         return self._count - len(self._connections)
 
-    def _attempt(self, claim: Claim, connection: SmtpConnection) -> Steps[Verdict]:
-        mail = claim.mail
+    def _compose(self, mail: Mail, event: OrderCreated | None) -> ComposedMail | Dead | Held:
+        """Return the mail, or why there is none."""
         try:
             composed = self._confirmation.compose(
-                claim.event or events.parse(mail.event),
+                event or events.parse(mail.event),
                 event_at=mail.event_at,
                 message_id=mail.message_id,
             )
-            if not self._recipients.allow(composed.recipient):
-                return Held("MAIL_ONLY_TO does not name the recipient")
+        except (CannotRender, UnreadableRecord) as error:
+            return Dead(f"cannot be rendered: {error}")
+        if not self._recipients.allow(composed.recipient):
+            return Held("MAIL_ONLY_TO does not name the recipient")
+        return composed
+
+    def _attempt(
+        self, claim: Claim, composed: ComposedMail, connection: SmtpConnection
+    ) -> Steps[Verdict]:
+        try:
             answer = yield from connection.deliver(
                 composed.content,
                 sender=composed.sender,
@@ -224,11 +240,9 @@ class Senders:
                     self._lease.is_held(claim.term.of_lease) and not self._is_draining
                 ),
             )
-        except (CannotRender, UnreadableRecord) as error:
-            return Dead(f"cannot be rendered: {error}")
         except CannotAddress as error:
             return Dead(f"cannot be addressed: {error}")
-        return self._judged(mail, answer)
+        return self._judged(claim.mail, answer)
 
     def _judged(self, mail: Mail, answer: Answer) -> Verdict:
         now = self._lease.ledger_now()
@@ -257,4 +271,4 @@ def most_in_hand(slots: int, *, is_rate_limited: bool) -> int:
 
     Behind a rate none ahead: one that waited for a slot would not go when its token was granted.
     """
-    return slots if is_rate_limited else slots + int(slots * AHEAD_SHARE)
+    return slots if is_rate_limited else 2 * slots

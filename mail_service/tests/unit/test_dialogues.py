@@ -114,6 +114,25 @@ def test_what_a_call_raises_is_thrown_in() -> None:
     assert finish(steps()) == "refused"
 
 
+def test_what_is_answered_goes_before_what_is_new(
+    dialogues: Dialogues, make_pair: Callable[[], Pair]
+) -> None:
+    """Mails that are handed out together keep nobody who has an answer waiting for all of them."""
+    ends = Ends()
+    ours, theirs = make_pair()
+
+    def work(*, is_first: bool) -> Steps[object]:
+        if is_first:
+            theirs.send(b"answer")
+        yield from ()
+
+    new = [ends.noted(f"new {number}", work(is_first=number == 0)) for number in range(20)]
+    dialogues.begin([ends.noted("waits", hear(ours)), *new])
+
+    ends.wait_for(21)
+    assert list(ends.came).index("waits") <= 2
+
+
 def test_nobody_waits_for_another(dialogues: Dialogues, make_pair: Callable[[], Pair]) -> None:
     """They end as what they wait for comes, not as they began; one that blocks is aside."""
     ends = Ends()
