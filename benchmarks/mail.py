@@ -38,6 +38,7 @@ MAIL_PYTHON = REPOSITORY / ".venv/mail/bin/python"
 ORDER_SIDE = ("order-db", "order-migrate", "order-products", "order-topics")
 BEFORE = ("kafka", "mail-db", "mail-migrate", *ORDER_SIDE)
 TOPIC = "order-created"
+GROUP = "mail-service"
 # What the relay insists on.
 TOPIC_SETTINGS = {"retention.ms": str(63 * 24 * 3600 * 1000)}
 KAFKA_SECONDS = 30.0
@@ -79,12 +80,14 @@ class Bench:
     ) -> Drain:
         """Let replicas mail a backlog; rates are of the middle of it, where all are at work."""
         self.begin_anew(partitions)
-        self.fill(mails)
         self.sink.script(*([Rule("dot", Delay(delay_ms / 1000))] if delay_ms else []))
         database = psutil.Process(self.stack.part("mail-db").pid)
         sink = psutil.Process(self.sink.pid)
         with ExitStack() as up:
             pids = [up.enter_context(self._replica(slots)) for _ in range(replicas)]
+            # Before there is work: who joins a group at work has partitions seconds later.
+            self._wait_until_all_read(replicas)
+            self.fill(mails)
             processes = [psutil.Process(pid) for pid in pids]
             rate, (*ours, of_database, of_sink) = self.middle_of(
                 mails, [*processes, database, sink]
@@ -179,6 +182,18 @@ class Bench:
             time.sleep(POLL_SECONDS)
         topic = NewTopic(TOPIC, partitions, 1, config=TOPIC_SETTINGS)
         admin.create_topics([topic])[TOPIC].result(KAFKA_SECONDS)
+
+    def _wait_until_all_read(self, replicas: int) -> None:
+        """Wait until each replica has partitions."""
+        admin = AdminClient({"bootstrap.servers": self.addresses.kafka_bootstrap_servers})
+        deadline = time.monotonic() + KAFKA_SECONDS
+        while time.monotonic() < deadline:
+            found = admin.describe_consumer_groups([GROUP])[GROUP].result(KAFKA_SECONDS)
+            shares = [len(member.assignment.topic_partitions) for member in found.members]
+            if len(shares) == replicas and all(shares):
+                return
+            time.sleep(POLL_SECONDS)
+        raise TimeoutError(f"not {replicas} replicas with partitions within {KAFKA_SECONDS:g} s")
 
     def fill(self, mails: int) -> None:
         """Write a backlog of events."""

@@ -239,7 +239,8 @@ class Member:
                     "client.id": client_id,
                     "group.id": GROUP,
                     "session.timeout.ms": str(session_timeout_ms),
-                    "heartbeat.interval.ms": str(session_timeout_ms // 6),
+                    # A member hears of another one with its next heartbeat, and twice.
+                    "heartbeat.interval.ms": str(min(3_000, session_timeout_ms // 6)),
                     "partition.assignment.strategy": "cooperative-sticky",
                     "enable.auto.commit": "false",
                     "enable.auto.offset.store": "false",
