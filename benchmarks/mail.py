@@ -31,14 +31,15 @@ from deploy.embedded.ports import Ports
 from deploy.embedded.services import MAIL_SERVICE, Pair, add_pair
 from deploy.embedded.stack import Stack
 from deploy.embedded.state import fresh_root
+from tests.support.mail_side import members_of_the_group
 from tests.support.service import running_service
 from tests.support.sink import Delay, Rule, Sink
+from tests.support.world import eventually
 
 MAIL_PYTHON = REPOSITORY / ".venv/mail/bin/python"
 ORDER_SIDE = ("order-db", "order-migrate", "order-products", "order-topics")
 BEFORE = ("kafka", "mail-db", "mail-migrate", *ORDER_SIDE)
 TOPIC = "order-created"
-GROUP = "mail-service"
 # What the relay insists on.
 TOPIC_SETTINGS = {"retention.ms": str(63 * 24 * 3600 * 1000)}
 KAFKA_SECONDS = 30.0
@@ -186,14 +187,12 @@ class Bench:
     def _wait_until_all_read(self, replicas: int) -> None:
         """Wait until each replica has partitions."""
         admin = AdminClient({"bootstrap.servers": self.addresses.kafka_bootstrap_servers})
-        deadline = time.monotonic() + KAFKA_SECONDS
-        while time.monotonic() < deadline:
-            found = admin.describe_consumer_groups([GROUP])[GROUP].result(KAFKA_SECONDS)
-            shares = [len(member.assignment.topic_partitions) for member in found.members]
-            if len(shares) == replicas and all(shares):
-                return
-            time.sleep(POLL_SECONDS)
-        raise TimeoutError(f"not {replicas} replicas with partitions within {KAFKA_SECONDS:g} s")
+
+        def do_all_read() -> bool:
+            shares = members_of_the_group(admin).values()
+            return len(shares) == replicas and all(shares)
+
+        eventually(do_all_read, within_seconds=KAFKA_SECONDS)
 
     def fill(self, mails: int) -> None:
         """Write a backlog of events."""

@@ -46,6 +46,15 @@ TOPIC_SETTINGS = {
 }
 
 
+def members_of_the_group(admin: AdminClient) -> dict[str, set[int]]:
+    """Return the partitions of each member, by its client id (name-host-pid)."""
+    group = admin.describe_consumer_groups([GROUP])[GROUP].result(KAFKA_SECONDS)
+    return {
+        member.client_id: {where.partition for where in member.assignment.topic_partitions}
+        for member in group.members
+    }
+
+
 @dataclass
 class MailSide:
     """The mail service's parts while they are up; `kafka`, `database`, `smtp` are their proxies."""
@@ -177,11 +186,7 @@ class MailSide:
 
     def members(self) -> dict[str, set[int]]:
         """Return the partitions of each member of the group, by its client id (name-host-pid)."""
-        group = self._admin.describe_consumer_groups([GROUP])[GROUP].result(KAFKA_SECONDS)
-        return {
-            member.client_id: {where.partition for where in member.assignment.topic_partitions}
-            for member in group.members
-        }
+        return members_of_the_group(self._admin)
 
     def _partitions(self) -> list[int]:
         """Return the numbers of the topic's partitions; none when it is not there."""

@@ -4,14 +4,16 @@ import json
 import os
 import signal
 import subprocess
+import threading
 import time
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import httpx
+import psutil
 
 from deploy.embedded.part import Attempt, Command, Part
 from deploy.embedded.ports import HOST, Ports
@@ -22,6 +24,7 @@ READY_SECONDS = 30.0
 STOP_SECONDS = 60.0
 PROBE_SECONDS = 5.0
 COMMAND_SECONDS = 60.0
+SAMPLE_SECONDS = 0.01
 
 
 @dataclass(frozen=True)
@@ -84,6 +87,26 @@ class Service:
             assert time.monotonic() < deadline, f"{self.part.name} has not ended"
             time.sleep(0.02)
         return code
+
+    @contextmanager
+    def peak_memory(self) -> Iterator[Callable[[], int]]:
+        """Watch the process until the block ends; give the most memory it had, in bytes."""
+        process = psutil.Process(self.pid)
+        found = [process.memory_info().rss]
+        is_over = threading.Event()
+
+        def watch() -> None:
+            with suppress(psutil.NoSuchProcess):
+                while not is_over.wait(SAMPLE_SECONDS):
+                    found.append(process.memory_info().rss)
+
+        thread = threading.Thread(target=watch)
+        thread.start()
+        try:
+            yield lambda: max(found)
+        finally:
+            is_over.set()
+            thread.join()
 
 
 @contextmanager

@@ -513,3 +513,10 @@ def wait_until_sent(ledger: Ledger, count: int, replica: Replica) -> None:
         return states.get("SENT") == count
 
     wait_for(ledger.states, is_good)
+
+
+def run_until_sent(replicas: Replicas, ledger: Ledger, count: int) -> None:
+    """Let a replica work until so many mails are SENT, and end it."""
+    replica = replicas.start()
+    wait_until_sent(ledger, count, replica)
+    replica.terminate()

@@ -11,6 +11,7 @@ from harness import (
     Topic,
     mailed,
     once,
+    run_until_sent,
     wait_for,
     wait_until_sent,
 )
@@ -173,9 +174,7 @@ def test_a_partition_whose_position_has_expired_stops_until_a_person_decides(
     """The gap is written down, the others go on, and /readyz is red."""
     records = [{**record, "partition": index % 3} for index, record in enumerate(orders(30))]
     topic.send(records)
-    first = replicas.start()
-    wait_until_sent(ledger_rows, 30, first)
-    first.terminate()
+    run_until_sent(replicas, ledger_rows, 30)
     more = [
         {**record, "partition": index % 3} for index, record in enumerate(orders(60)) if index >= 30
     ]
@@ -209,9 +208,7 @@ def test_a_topic_made_anew_is_read_from_its_start_and_leaves_a_gap(
 ) -> None:
     """What was not read of the old one is written down; the new one's mails go out."""
     topic.send(orders(10))
-    first = replicas.start()
-    wait_until_sent(ledger_rows, 10, first)
-    first.terminate()
+    run_until_sent(replicas, ledger_rows, 10)
     topic.recreate()
     topic.send(orders(20))
 
@@ -228,9 +225,7 @@ def test_a_ledger_that_forgot_what_the_group_read_is_refused(
 ) -> None:
     """Restored or emptied, it would mail everybody again: the replica ends and says so."""
     topic.send(orders(10))
-    first = replicas.start()
-    wait_until_sent(ledger_rows, 10, first)
-    first.terminate()
+    run_until_sent(replicas, ledger_rows, 10)
     ledger_rows.clear()
 
     refused: Replica = replicas.start()
@@ -246,9 +241,7 @@ def test_a_ledger_of_another_cluster_is_refused(
 ) -> None:
     """Offsets of one cluster mean nothing in another."""
     topic.send(orders(3))
-    first = replicas.start()
-    wait_until_sent(ledger_rows, 3, first)
-    first.terminate()
+    run_until_sent(replicas, ledger_rows, 3)
     ledger_rows.change("UPDATE positions SET cluster_id = 'another'")
 
     refused = replicas.start()
@@ -325,9 +318,7 @@ def test_a_replica_forgets_what_nothing_can_bring_back(
 ) -> None:
     """An old mail whose record has expired, and not its neighbour whose record has not."""
     topic.send({**record, "partition": 0} for record in orders(2))
-    first = replicas.start()
-    wait_until_sent(ledger_rows, 2, first)
-    first.terminate()
+    run_until_sent(replicas, ledger_rows, 2)
     ledger_rows.change("UPDATE deliveries SET taken_in_at = now() - interval '401 days'")
     topic.delete_before(0, 1)
 

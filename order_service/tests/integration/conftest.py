@@ -35,7 +35,7 @@ from order_service.models import OutboxRow, db, make_engine
 from order_service.operate.products import read
 from order_service.operate.token import KEY_ID, signing_key
 from order_service.readback import ReadBack
-from order_service.relay import LOCK_KEYS, Relay
+from order_service.relay import LOCK_KEYS, Relay, publish_batch
 from order_service.settings import Settings
 
 COMMAND = Path(sys.executable).with_name("order-service")
@@ -379,6 +379,16 @@ def row_of(query: Query) -> Callable[[UUID], Any]:
 def publisher(settings: Settings) -> Publisher:
     """Give a publisher that nobody tells to stop."""
     return Publisher(settings.kafka, threading.Event())
+
+
+@pytest.fixture
+def publish(autocommit: Connection, publisher: Publisher, topic: Topic) -> Callable[[], None]:
+    """Give a function that publishes one batch as the active relay does."""
+
+    def one_batch() -> None:
+        publish_batch(autocommit, publisher, topic_id=topic.describe().id)
+
+    return one_batch
 
 
 @pytest.fixture

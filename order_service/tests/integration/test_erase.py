@@ -24,7 +24,7 @@ from sqlalchemy import Connection, Engine, text
 
 from order_service import kafka, personal
 from order_service.events import ERASED_ADDRESS
-from order_service.kafka import TOPIC_SETTINGS, Publisher, Topic
+from order_service.kafka import TOPIC_SETTINGS, Topic
 from order_service.operate.output import (
     EXIT_FAILED,
     EXIT_FOUND,
@@ -32,7 +32,6 @@ from order_service.operate.output import (
     EXIT_USAGE,
 )
 from order_service.readback import ReadBack
-from order_service.relay import publish_batch
 
 COMMAND = Path(sys.executable).with_name("order-service")
 OPENAPI = Path(__file__).parents[2] / "openapi.json"
@@ -181,16 +180,6 @@ def hold(engine: Engine) -> Iterator[Callable[[str], Connection]]:
     yield lock
     for connection in held:
         connection.close()
-
-
-@pytest.fixture
-def publish(autocommit: Connection, publisher: Publisher, topic: Topic) -> Callable[[], None]:
-    """Give a function that publishes what waits, as the active relay does."""
-
-    def one_batch() -> None:
-        publish_batch(autocommit, publisher, topic_id=topic.describe().id)
-
-    return one_batch
 
 
 # What is erased

@@ -22,16 +22,15 @@ from confluent_kafka import (
 from confluent_kafka.admin import (
     AdminClient,
 )
-from sqlalchemy import Connection, Engine, text
+from sqlalchemy import Engine, text
 
-from order_service.kafka import READER_GROUP, TOPIC, TOPIC_SETTINGS, Publisher, Topic
+from order_service.kafka import READER_GROUP, TOPIC, TOPIC_SETTINGS, Topic
 from order_service.operate.output import (
     EXIT_FAILED,
     EXIT_FOUND,
     EXIT_INTERRUPTED,
     EXIT_USAGE,
 )
-from order_service.relay import publish_batch
 from order_service.settings import Settings
 
 ADDRESS = "minji@example.com"
@@ -57,16 +56,6 @@ Run = Callable[..., "subprocess.CompletedProcess[str]"]
 def order_of(row_of: RowOf) -> Callable[[UUID], str]:
     """Give a function that tells whose event it is."""
     return lambda event_id: row_of(event_id).aggregateid
-
-
-@pytest.fixture
-def publish(autocommit: Connection, publisher: Publisher, topic: Topic) -> Callable[[], None]:
-    """Give a function that publishes what waits, as the active relay does."""
-
-    def one_batch() -> None:
-        publish_batch(autocommit, publisher, topic_id=topic.describe().id)
-
-    return one_batch
 
 
 def rows_of(done: "subprocess.CompletedProcess[str]") -> list[list[str]]:

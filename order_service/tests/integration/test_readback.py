@@ -14,7 +14,6 @@ from uuid_utils.compat import uuid7
 from order_service import outbox
 from order_service.kafka import TOPIC, Publisher, Topic
 from order_service.readback import ReadBack
-from order_service.relay import publish_batch
 from order_service.settings import Settings
 
 AddEvent = Callable[..., UUID]
@@ -31,16 +30,6 @@ pytestmark = pytest.mark.usefixtures("caught_up")
 def readback(make_readback: Callable[[Topic], ReadBack], settings: Settings) -> ReadBack:
     """Give a read-back that does not run yet."""
     return make_readback(Topic(settings.kafka))
-
-
-@pytest.fixture
-def publish(autocommit: Connection, publisher: Publisher, topic: Topic) -> Callable[[], None]:
-    """Give a function that publishes what waits."""
-
-    def one_batch() -> None:
-        publish_batch(autocommit, publisher, topic_id=topic.describe().id)
-
-    return one_batch
 
 
 def foreign_count() -> float:

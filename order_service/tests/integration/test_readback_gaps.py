@@ -16,9 +16,8 @@ from structlog.testing import capture_logs
 from uuid_utils.compat import uuid7
 
 from order_service import events, outbox, readback
-from order_service.kafka import DESCRIBE_SECONDS, TOPIC, Publisher, Topic
+from order_service.kafka import DESCRIBE_SECONDS, TOPIC, Topic
 from order_service.readback import ReadBack
-from order_service.relay import publish_batch
 from order_service.settings import Settings
 
 DAY = timedelta(days=1)
@@ -40,16 +39,6 @@ pytestmark = pytest.mark.usefixtures("caught_up")
 def reading(make_readback: Callable[[Topic], ReadBack], settings: Settings) -> ReadBack:
     """Give a read-back that does not run yet."""
     return make_readback(Topic(settings.kafka))
-
-
-@pytest.fixture
-def publish(autocommit: Connection, publisher: Publisher, topic: Topic) -> Callable[[], None]:
-    """Give a function that publishes what waits."""
-
-    def one_batch() -> None:
-        publish_batch(autocommit, publisher, topic_id=topic.describe().id)
-
-    return one_batch
 
 
 @pytest.fixture

@@ -40,16 +40,6 @@ RecordsSince = Callable[[Mapping[int, int]], list[Message]]
 StartRelay = Callable[..., tuple[threading.Event, "Future[None]"]]
 
 
-@pytest.fixture
-def publish(autocommit: Connection, publisher: Publisher, topic: Topic) -> Callable[[], None]:
-    """Give a function that publishes one batch as the active relay does."""
-
-    def one_batch() -> None:
-        publish_batch(autocommit, publisher, topic_id=topic.describe().id)
-
-    return one_batch
-
-
 def event_ids(records: list[Message]) -> Counter[str]:
     headers: list[dict[str, Any]] = [dict(record.headers() or ()) for record in records]
     return Counter(each["ce_id"].decode() for each in headers)

@@ -1,12 +1,10 @@
 """Faults of more than can be mailed: growing topics, storms, returns (faults.toml, F-B*)."""
 
 import itertools
-import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 
-import psutil
 import pytest
 
 from tests.support.mail_side import MailSide, once
@@ -56,7 +54,7 @@ def test_a_topic_that_grows_faster_than_mails_go_out(side: MailSide) -> None:
         side.send(warm)
         side.wait_until_sent(len(warm))
         side.sink.script(Rule("dot", Delay(SLOWEST_SECONDS)))
-        with most_memory(replica.pid) as most_bytes:
+        with replica.peak_memory() as most_bytes:
             before = most_bytes()
             began_at = time.monotonic()
             side.send(records)
@@ -166,26 +164,6 @@ def large_orders(name: str, count: int) -> list[dict[str, object]]:
 
 def lag(side: MailSide) -> int:
     return sum(side.ends().values()) - sum(side.positions().values())
-
-
-@contextmanager
-def most_memory(pid: int) -> Iterator[Callable[[], int]]:
-    """Watch a process while the block runs; give the most memory it had."""
-    process = psutil.Process(pid)
-    seen = [process.memory_info().rss]
-    stop = threading.Event()
-
-    def watch() -> None:
-        while not stop.wait(0.05):
-            seen.append(process.memory_info().rss)
-
-    thread = threading.Thread(target=watch)
-    thread.start()
-    try:
-        yield lambda: max(seen)
-    finally:
-        stop.set()
-        thread.join()
 
 
 def busiest(accepted_at: list[float]) -> float:

@@ -4,14 +4,11 @@ import functools
 import hashlib
 import json
 import random
-import threading
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-import psutil
 import pytest
 from confluent_kafka import Producer
 from confluent_kafka.admin import (
@@ -41,7 +38,6 @@ LARGE_BOMBS = 20
 # More than librdkafka unpacks.
 MOST_UNPACKED_BYTES = 95 * MEGABYTE
 REPLICA_BYTES = 120 * MEGABYTE
-SAMPLE_SECONDS = 0.01
 KEPT_BYTES = 64 * 1024
 HEADER_BYTES = 500_000
 YEAR_10000 = 253_402_300_800_000
@@ -235,7 +231,7 @@ def test_bombs_that_come_in_one_fetch(side: MailSide) -> None:
     sent = send_mixed(side, bombs, good_count=20, times_each=LARGE_BOMBS // len(bombs))
     largest_batch = max(len(as_bytes(each.record["value"])) for each in sent)
     assert largest_batch > LARGE_BOMB_BYTES
-    with side.running() as replica, peak_memory(replica) as peak:
+    with side.running() as replica, replica.peak_memory() as peak:
         wait_until_settled(side)
         assert replica.part.exit_code is None
     assert peak() <= REPLICA_BYTES + LARGE_BOMBS * largest_batch
@@ -377,26 +373,6 @@ def allow_batches_of(side: MailSide, size: int) -> None:
     topic = ConfigResource(ResourceType.TOPIC, TOPIC, incremental_configs=[entry])
     admin = AdminClient({"bootstrap.servers": f"{HOST}:{side.kafka.port}"})
     admin.incremental_alter_configs([topic])[topic].result(KAFKA_SECONDS)
-
-
-@contextmanager
-def peak_memory(replica: Service) -> Iterator[Callable[[], int]]:
-    """Watch a process until the block ends; give the most memory it had, in bytes."""
-    process, found = psutil.Process(replica.pid), [0]
-    is_over = threading.Event()
-
-    def watch() -> None:
-        with suppress(psutil.NoSuchProcess):
-            while not is_over.wait(SAMPLE_SECONDS):
-                found.append(process.memory_info().rss)
-
-    thread = threading.Thread(target=watch)
-    thread.start()
-    try:
-        yield lambda: max(found)
-    finally:
-        is_over.set()
-        thread.join()
 
 
 def wait_until_settled(side: MailSide) -> None:
